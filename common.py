@@ -1,0 +1,117 @@
+"""What every command shares: one-line refusals, whole files, progress.
+
+Nothing here imports torch or numpy, so that `--help` answers at once.
+"""
+
+import contextlib
+import difflib
+import os
+import sys
+import time
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from pathlib import Path
+
+
+class Refusal(Exception):
+    """A request that cannot be met. Its text is one line: the file, what is wrong, what to do."""
+
+
+def one_line(error):
+    """The text of an exception on one line, without control characters."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def run(main):
+    """Call `main` and turn what a user can mend into one line on stderr and an exit status.
+
+    A Refusal, or an OSError (disk full, no permission), exits 2. Whatever `main` returns is the
+    exit status otherwise. Any other exception is a bug and keeps its traceback.
+    """
+    try:
+        sys.exit(main())
+    except BrokenPipeError:  # the reader of our output went away, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (Refusal, OSError) as error:
+        print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+class Parser(ArgumentParser):
+    """argparse with defaults in `--help`, no abbreviations, and one-line errors that suggest."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description,
+            formatter_class=ArgumentDefaultsHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message):
+        known = [flag for action in self._actions for flag in action.option_strings]
+        wrong = message.partition("unrecognized arguments: ")[2].split()
+        near = [m for w in wrong for m in difflib.get_close_matches(w.partition("=")[0], known, 1)]
+        hint = f"; did you mean {near[0]}?" if near else "; see --help"
+        self.exit(2, f"{self.prog}: {message}{hint}\n")
+
+
+@contextlib.contextmanager
+def whole_file(path):
+    """Yield a temporary path beside `path`; on success flush it to disk and rename it into place.
+
+    A reader sees the old file or the new one, never half of one; on an error nothing is left.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # The ending stays last: libraries choose the format by it.
+    temporary = path.with_name(f".tmp{os.getpid()}.{path.name}")
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class Progress:
+    """done / total, rate and time left: one moving line on a terminal, plain lines in a log."""
+
+    def __init__(self, total, unit, stream=sys.stderr):
+        self.total, self.unit, self.stream = total, unit, stream
+        self.done, self.start, self.shown = 0, time.monotonic(), 0.0
+        self.pause = 0.2 if stream.isatty() else 30.0
+
+    def step(self, n=1):
+        self.done += n
+        now = time.monotonic()
+        if now - self.shown < self.pause and self.done < self.total:
+            return
+        if self.done < self.total or self.shown:  # short work in a log file needs no line
+            self.show(now)
+        self.shown = self.shown or now
+        if self.done < self.total:
+            self.shown = now
+
+    def show(self, now):
+        rate = self.done / max(now - self.start, 1e-9)
+        left = (self.total - self.done) / max(rate, 1e-9)
+        text = f"{self.done}/{self.total} {self.unit}, {rate:.1f}/s, {duration(left)} left"
+        if self.stream.isatty():
+            end = "\n" if self.done >= self.total else ""
+            print(f"\r\x1b[K{text}", end=end, file=self.stream, flush=True)
+        else:
+            print(text, file=self.stream, flush=True)
+
+
+def duration(seconds):
+    """Seconds as a person says them: 42 s, 3 min 05 s, 2 h 10 min."""
+    seconds = int(seconds + 0.5)
+    if seconds < 60:
+        return f"{seconds} s"
+    if seconds < 3600:
+        return f"{seconds // 60} min {seconds % 60:02d} s"
+    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

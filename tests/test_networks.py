@@ -1,0 +1,88 @@
+"""The networks compute what the original ones compute, from the same named weights."""
+
+import torch
+from conftest import golden, golden_weights
+
+from sdseg import widen_conv_in
+from unet import UNet, UNetConfig
+from vae import AutoencoderKL, VAEConfig, VisionEncoder
+
+VAE_TINY = VAEConfig(32, (1, 2, 2), 1)
+SD_TINY = UNetConfig("sd", 8, 4, 32, (1, 2, 4, 4), 2, (1, 2, 4), 8, 48)
+LDM_TINY = UNetConfig("ldm", 8, 4, 32, (1, 2, 4), 2, (1, 2, 4), 8, None)
+
+
+def close(a, b):
+    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_autoencoder_equals_reference():
+    """Encoder moments and decoder agree with the original autoencoder."""
+    manifest, g = golden("vae-tiny")
+    vae = AutoencoderKL(VAE_TINY)
+    vae.load_state_dict(golden_weights(manifest["first_stage_model"], "first_stage_model."))
+    mean, logvar = vae.encode(g["image"])
+    close(mean, g["moments_mean"])
+    close(logvar, g["moments_logvar"])
+    close(vae.decode(mean), g["decode_of_mean"])
+
+
+@torch.no_grad()
+def test_vision_encoder_equals_published_conditioning():
+    """tau agrees with the conditioning encoder of the published SDSeg, from its weights."""
+    manifest, g = golden("vae-tiny")
+    tau = VisionEncoder(VAE_TINY)
+    tau.load_state_dict(golden_weights(manifest["cond_stage_model"], "cond_stage_model."))
+    close(tau(g["image"]), g["sdseg_condition"])
+
+
+@torch.no_grad()
+def test_tau_starts_as_the_posterior_mean():
+    """At step 0, tau(C) is exactly what the autoencoder's encoder says the mean of C is."""
+    vae, tau = AutoencoderKL(VAE_TINY), VisionEncoder(VAE_TINY)
+    tau.start_as(vae)
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.equal(tau(image), vae.encode(image)[0])
+
+
+@torch.no_grad()
+def test_ldm_unet_equals_reference():
+    """The LDM family: attention blocks, scale-shift normalisation, resampling blocks."""
+    manifest, g = golden("unet-ldm-tiny")
+    unet = UNet(LDM_TINY)
+    weights = golden_weights(manifest["state_dict"], "model.diffusion_model.")
+    unet.load_state_dict(weights)
+    close(unet(torch.cat([g["z_t"], g["z_c"]], 1), g["t"]), g["eps"])
+    first = "input_blocks.0.0.weight"
+    unet.load_state_dict({**weights, first: widen_conv_in(weights[first][:, :4], 8)})
+    close(unet(torch.cat([g["z_t"], g["z_c"]], 1), g["t"]), g["eps_zero_init"])
+
+
+@torch.no_grad()
+def test_sd_unet_equals_reference():
+    """The Stable Diffusion family, with a context, without one, and with zeroed channels."""
+    manifest, g = golden("unet-sd-tiny")
+    unet = UNet(SD_TINY)
+    weights = golden_weights(manifest["state_dict"], "model.diffusion_model.")
+    unet.load_state_dict(weights)
+    x = torch.cat([g["z_t"], g["z_c"]], 1)
+    close(unet(x, g["t"], g["context"]), g["eps"])
+    close(unet(x, g["t"]), g["eps_without_cross_attention"])
+    first = "input_blocks.0.0.weight"
+    unet.load_state_dict({**weights, first: widen_conv_in(weights[first][:, :4], 8)})
+    close(unet(x, g["t"]), g["eps_zero_init"])
+
+
+@torch.no_grad()
+def test_widened_unet_ignores_the_image_at_first():
+    """With the new input channels at zero, the output is the 4-channel network's, exactly."""
+    narrow = UNet(UNetConfig("sd", 4, 4, 32, (1, 2), 1, (1, 2), 8, None))
+    wide = UNet(UNetConfig("sd", 8, 4, 32, (1, 2), 1, (1, 2), 8, None))
+    weights = narrow.state_dict()
+    first = "input_blocks.0.0.weight"
+    wide.load_state_dict({**weights, first: widen_conv_in(weights[first], 8)})
+    z_t, t = torch.randn(2, 4, 8, 8), torch.tensor([5, 999])
+    expected = narrow(z_t, t)
+    for z_c in (torch.randn(2, 4, 8, 8), 100 * torch.randn(2, 4, 8, 8)):
+        torch.testing.assert_close(wide(torch.cat([z_t, z_c], 1), t), expected)

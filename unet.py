@@ -1,0 +1,270 @@
+"""The U-Net of latent diffusion, in the two families that SDSeg starts from.
+
+`family="sd"`: Stable Diffusion v1, spatial transformers (self-attention, optional cross-attention,
+GEGLU) and strided convolutions. `family="ldm"`: LDM as in LSUN-churches, plain attention blocks,
+scale-shift normalisation by the time step, residual blocks that resample.
+In: [z_t, z_c] (B, 8, h, w) and t (B,) int64. Out: eps (B, 4, h, w), float32.
+Parameter names are those of CompVis checkpoints, so public weights load as they are.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class UNetConfig:
+    family: str = "sd"  # "sd" or "ldm"
+    in_channels: int = 8  # z_t and z_c
+    out_channels: int = 4
+    model_channels: int = 320
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)  # a level each; every level but the last halves
+    num_res_blocks: int = 2
+    attention_resolutions: tuple[int, ...] = (1, 2, 4)  # downsampling factors that have attention
+    num_heads: int = 8
+    context_dim: int | None = 768  # width of the cross-attention's tokens; None: no cross-attention
+
+
+def timestep_embedding(t, dim):
+    """t (B,) -> (B, dim) float32: cosines, then sines, of dim/2 frequencies from 1 to 1/10000."""
+    frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = t[:, None].float() * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def norm(channels, eps=1e-5):
+    return nn.GroupNorm(32, channels, eps=eps)
+
+
+def attention(q, k, v, heads):
+    """q (B, n, C), k and v (B, m, C) -> (B, n, C)."""
+    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, n, C')
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+class ResBlock(nn.Module):
+    """Two convolutions; the time step enters between them, by addition or as scale and shift.
+
+    `resample` ("up", "down" or None) changes the resolution on both paths: nearest, or 2x2 mean.
+    """
+
+    def __init__(self, c_in, c_out, c_emb, scale_shift, resample=None):
+        super().__init__()
+        self.scale_shift, self.resample = scale_shift, resample
+        self.in_layers = nn.Sequential(norm(c_in), nn.SiLU(), nn.Conv2d(c_in, c_out, 3, padding=1))
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(c_emb, c_out * (1 + scale_shift)))
+        self.out_layers = nn.Sequential(
+            norm(c_out),
+            nn.SiLU(),
+            nn.Identity(),  # the original's dropout; keeps the convolution's index, 3
+            nn.Conv2d(c_out, c_out, 3, padding=1),
+        )
+        same = c_in == c_out
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(c_in, c_out, 1)
+
+    def resize(self, x):
+        if self.resample == "up":
+            return F.interpolate(x, scale_factor=2.0, mode="nearest")
+        return F.avg_pool2d(x, 2) if self.resample == "down" else x
+
+    def forward(self, x, emb):
+        h = self.in_layers[2](self.resize(self.in_layers[:2](x)))
+        emb = self.emb_layers(emb)[:, :, None, None]
+        if self.scale_shift:
+            scale, shift = emb.chunk(2, dim=1)
+            h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
+        else:
+            h = self.out_layers(h + emb)
+        return self.skip_connection(self.resize(x)) + h
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention of the LDM family; `qkv` holds q, k, v of the first head, then the next."""
+
+    def __init__(self, c, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm = norm(c)
+        self.qkv = nn.Conv1d(c, 3 * c, 1)
+        self.proj_out = nn.Conv1d(c, c, 1)
+
+    def forward(self, x):
+        qkv = self.qkv(self.norm(x).flatten(2))  # (B, 3C, hw)
+        q, k, v = qkv.unflatten(1, (self.heads, 3, -1)).transpose(3, 4).unbind(2)
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, hw, C / heads)
+        return x + self.proj_out(h.transpose(2, 3).flatten(1, 2)).view_as(x)
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, c, c_context, heads):
+        super().__init__()
+        self.heads = heads
+        self.to_q = nn.Linear(c, c, bias=False)
+        self.to_k = nn.Linear(c_context, c, bias=False)
+        self.to_v = nn.Linear(c_context, c, bias=False)
+        self.to_out = nn.Sequential(nn.Linear(c, c))
+
+    def forward(self, x, context):
+        return self.to_out(
+            attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
+        )
+
+
+class GEGLU(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.proj = nn.Linear(c_in, 2 * c_out)
+
+    def forward(self, x):
+        x, gate = self.proj(x).chunk(2, dim=-1)
+        return x * F.gelu(gate)
+
+
+class FeedForward(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
+
+    def forward(self, x):
+        return self.net(x)
+
+
+class BasicTransformerBlock(nn.Module):
+    """Self-attention, cross-attention if there is a context, feed-forward."""
+
+    def __init__(self, c, heads, context_dim):
+        super().__init__()
+        self.norm1, self.norm3 = nn.LayerNorm(c), nn.LayerNorm(c)
+        self.attn1 = CrossAttention(c, c, heads)
+        if context_dim is not None:
+            self.norm2 = nn.LayerNorm(c)
+            self.attn2 = CrossAttention(c, context_dim, heads)
+        self.ff = FeedForward(c)
+
+    def forward(self, x, context):
+        h = self.norm1(x)
+        x = x + self.attn1(h, h)
+        if context is not None:
+            x = x + self.attn2(self.norm2(x), context)
+        return x + self.ff(self.norm3(x))
+
+
+class SpatialTransformer(nn.Module):
+    """The attention of the SD family: latent pixels as tokens through one transformer block."""
+
+    def __init__(self, c, heads, context_dim):
+        super().__init__()
+        self.norm = norm(c, eps=1e-6)  # 1e-6 here, 1e-5 in the residual blocks: as trained
+        self.proj_in = nn.Conv2d(c, c, 1)
+        self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(c, heads, context_dim)])
+        self.proj_out = nn.Conv2d(c, c, 1)
+
+    def forward(self, x, context):
+        h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, hw, C)
+        h = self.transformer_blocks[0](h, context)
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.op = nn.Conv2d(c, c, 3, stride=2, padding=1)
+
+    def forward(self, x):
+        return self.op(x)
+
+
+class Upsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Block(nn.Sequential):
+    """Layers in a row, each given what it takes: x, and the time embedding or the context."""
+
+    def forward(self, x, emb, context):
+        for layer in self:
+            if isinstance(layer, ResBlock):
+                x = layer(x, emb)
+            elif isinstance(layer, SpatialTransformer):
+                x = layer(x, context)
+            else:
+                x = layer(x)
+        return x
+
+
+class UNet(nn.Module):
+    def __init__(self, config=UNetConfig()):
+        super().__init__()
+        self.config = config
+        c = config.model_channels
+        self.time_embed = nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
+        self.input_blocks = nn.ModuleList([Block(nn.Conv2d(config.in_channels, c, 3, padding=1))])
+        skips, factor = [c], 1
+        for level, mult in enumerate(config.channel_mult):
+            for _ in range(config.num_res_blocks):
+                self.input_blocks.append(self.level_block(c, config.model_channels * mult, factor))
+                c = config.model_channels * mult
+                skips.append(c)
+            if level < len(config.channel_mult) - 1:
+                self.input_blocks.append(Block(self.resample(c, "down")))
+                skips.append(c)
+                factor *= 2
+        self.middle_block = Block(self.res_block(c, c), self.attention(c), self.res_block(c, c))
+        self.output_blocks = nn.ModuleList()
+        for level, mult in reversed(list(enumerate(config.channel_mult))):
+            for i in range(config.num_res_blocks + 1):
+                block = self.level_block(c + skips.pop(), config.model_channels * mult, factor)
+                c = config.model_channels * mult
+                if level and i == config.num_res_blocks:
+                    block.append(self.resample(c, "up"))
+                    factor //= 2
+                self.output_blocks.append(block)
+        self.out = nn.Sequential(
+            norm(c), nn.SiLU(), nn.Conv2d(c, config.out_channels, 3, padding=1)
+        )
+
+    def res_block(self, c_in, c_out, resample=None):
+        ldm = self.config.family == "ldm"
+        return ResBlock(c_in, c_out, 4 * self.config.model_channels, ldm, resample)
+
+    def attention(self, c):
+        if self.config.family == "ldm":
+            return AttentionBlock(c, self.config.num_heads)
+        return SpatialTransformer(c, self.config.num_heads, self.config.context_dim)
+
+    def resample(self, c, direction):
+        if self.config.family == "ldm":
+            return self.res_block(c, c, direction)
+        return Downsample(c) if direction == "down" else Upsample(c)
+
+    def level_block(self, c_in, c_out, factor):
+        layers = [self.res_block(c_in, c_out)]
+        if factor in self.config.attention_resolutions:
+            layers.append(self.attention(c_out))
+        return Block(*layers)
+
+    def forward(self, x, t, context=None):
+        """x (B, in_channels, h, w), t (B,) int64, context (B, n, context_dim) -> (B, 4, h, w).
+
+        Without a context every cross-attention contributes nothing. The last normalisation and
+        convolution run in float32: Eq. 2 multiplies their rounding by up to 38.7.
+        """
+        dtype = self.time_embed[0].weight.dtype
+        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
+        h, skips = x.to(dtype), []  # (B, 8, 32, 32)
+        for block in self.input_blocks:
+            h = block(h, emb, context)  # (B, 320, 32, 32) .. (B, 1280, 4, 4)
+            skips.append(h)
+        h = self.middle_block(h, emb, context)
+        for block in self.output_blocks:
+            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)  # .. (B, 320, 32, 32)
+        with torch.autocast(h.device.type, enabled=False):
+            return self.out(h.float())  # (B, 4, 32, 32)

@@ -1,0 +1,204 @@
+"""KL autoencoder of latent diffusion, and the vision encoder of SDSeg.
+
+In: images (B, 3, H, W) in [-1, 1], H and W multiples of 8. Out: latents (B, 4, H/8, W/8), unscaled.
+`AutoencoderKL` carries segmentation maps into the latent space and back and stays frozen;
+`VisionEncoder` (tau in the paper) has the same encoder, is trained, and encodes the image.
+Parameter names are those of CompVis checkpoints, so public weights load as they are.
+Letters, the same in every file: B batch, C channels, H W pixels, h w latent pixels.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+@dataclass(frozen=True)
+class VAEConfig:
+    ch: int = 128  # channels at full resolution
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)  # a level each; every level but the last halves H, W
+    num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
+    z_channels: int = 4
+
+
+def norm(channels):
+    return nn.GroupNorm(32, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the U-Net: as trained
+
+
+class ResnetBlock(nn.Module):
+    def __init__(self, c_in, c_out):
+        super().__init__()
+        self.norm1 = norm(c_in)
+        self.conv1 = nn.Conv2d(c_in, c_out, 3, padding=1)
+        self.norm2 = norm(c_out)
+        self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
+        if c_in != c_out:
+            self.nin_shortcut = nn.Conv2d(c_in, c_out, 1)
+
+    def forward(self, x):
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x) + h
+
+
+class AttnBlock(nn.Module):
+    """Self-attention over all latent pixels, one head."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.norm = norm(c)
+        self.q = nn.Conv2d(c, c, 1)
+        self.k = nn.Conv2d(c, c, 1)
+        self.v = nn.Conv2d(c, c, 1)
+        self.proj_out = nn.Conv2d(c, c, 1)
+
+    def forward(self, x):
+        h = self.norm(x)
+        q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, hw, C)
+        h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+        return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
+
+
+class Downsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, stride=2)
+
+    def forward(self, x):
+        return self.conv(
+            F.pad(x, (0, 1, 0, 1))
+        )  # right and bottom only: the weights were trained so
+
+
+class Upsample(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.conv = nn.Conv2d(c, c, 3, padding=1)
+
+    def forward(self, x):
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+
+
+class Middle(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.block_1 = ResnetBlock(c, c)
+        self.attn_1 = AttnBlock(c)
+        self.block_2 = ResnetBlock(c, c)
+
+    def forward(self, x):
+        return self.block_2(self.attn_1(self.block_1(x)))
+
+
+def resnet_blocks(c_in, c_out, n):
+    return nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(n))
+
+
+class DownLevel(nn.Module):
+    def __init__(self, c_in, c_out, n, last):
+        super().__init__()
+        self.block = resnet_blocks(c_in, c_out, n)
+        self.downsample = nn.Identity() if last else Downsample(c_out)
+
+    def forward(self, x):
+        for block in self.block:
+            x = block(x)
+        return self.downsample(x)
+
+
+class UpLevel(nn.Module):
+    def __init__(self, c_in, c_out, n, last):
+        super().__init__()
+        self.block = resnet_blocks(c_in, c_out, n)
+        self.upsample = nn.Identity() if last else Upsample(c_out)
+
+    def forward(self, x):
+        for block in self.block:
+            x = block(x)
+        return self.upsample(x)
+
+
+class Encoder(nn.Module):
+    """Image -> mean and log-variance, before `quant_conv` mixes them. Shapes: `VAEConfig()`."""
+
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        self.conv_in = nn.Conv2d(3, config.ch, 3, padding=1)
+        self.down = nn.ModuleList(
+            DownLevel(c_in, c_out, config.num_res_blocks, last=i == len(widths) - 1)
+            for i, (c_in, c_out) in enumerate(zip([config.ch, *widths], widths))
+        )
+        self.mid = Middle(widths[-1])
+        self.norm_out = norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
+
+    def forward(self, x):  # (B, 3, 256, 256)
+        h = self.conv_in(x)  # (B, 128, 256, 256)
+        for level in self.down:
+            h = level(h)  # (B, 128, 128, 128), (B, 256, 64, 64), (B, 512, 32, 32) twice
+        h = self.mid(h)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 8, 32, 32)
+
+
+class Decoder(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        widths = [config.ch * m for m in config.ch_mult]
+        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
+        self.mid = Middle(widths[-1])
+        self.up = nn.ModuleList(  # up.0 is the finest level, and runs last
+            UpLevel(c_in, c_out, config.num_res_blocks + 1, last=i == 0)
+            for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths))
+        )
+        self.norm_out = norm(config.ch * config.ch_mult[0])
+        self.conv_out = nn.Conv2d(config.ch * config.ch_mult[0], 3, 3, padding=1)
+
+    def forward(self, z):  # (B, 4, 32, 32)
+        h = self.mid(self.conv_in(z))  # (B, 512, 32, 32)
+        for level in reversed(self.up):
+            h = level(h)  # (B, 512, 64, 64), (B, 512, 128, 128), (B, 256, 256, 256), (B, 128, ..)
+        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, 256, 256)
+
+
+class AutoencoderKL(nn.Module):
+    def __init__(self, config=VAEConfig()):
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quant_conv = nn.Conv2d(2 * config.z_channels, 2 * config.z_channels, 1)
+        self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
+
+    def encode(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> mean, logvar of the posterior, (B, 4, H/8, W/8) each."""
+        mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
+        return mean, logvar.clamp(-30, 20)  # the clamp of the original, so that exp() stays finite
+
+    def decode(self, z):
+        """z (B, 4, h, w), unscaled -> (B, 3, 8h, 8w), near [-1, 1] but not clamped."""
+        return self.decoder(self.post_quant_conv(z))
+
+
+class VisionEncoder(nn.Module):
+    """tau: the image encoder that is trained. Encoder, then a 1x1 convolution 8 -> 4."""
+
+    def __init__(self, config=VAEConfig()):
+        super().__init__()
+        self.encoder = Encoder(config)
+        self.out = nn.Conv2d(2 * config.z_channels, config.z_channels, 1)
+
+    def forward(self, x):
+        """x (B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8), unscaled like the autoencoder's mean."""
+        return self.out(self.encoder(x))
+
+    @torch.no_grad()
+    def start_as(self, vae):
+        """Copy E: afterwards tau(x) is exactly the posterior mean of x.
+
+        The mean is the first half of `quant_conv`'s output, so its rows are all that `out` needs.
+        """
+        self.encoder.load_state_dict(vae.encoder.state_dict())
+        n = self.out.out_channels
+        self.out.weight.copy_(vae.quant_conv.weight[:n])
+        self.out.bias.copy_(vae.quant_conv.bias[:n])
