@@ -9,20 +9,33 @@ from dataclasses import asdict, is_dataclass
 from typing import get_args, get_origin, get_type_hints
 
 import safetensors
-import safetensors.torch
 import torch
 
 from common import Refusal, one_line, whole_file
 
+CODES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+
 
 def write_weights(path, tensors, config, half=False):
-    """Save {name: tensor} and a dataclass; `half` stores float32 as float16."""
-    dtype = {torch.float32: torch.float16} if half else {}
-    tensors = {k: v.detach().to("cpu", dtype.get(v.dtype, v.dtype)) for k, v in tensors.items()}
-    tensors = {k: v.contiguous() for k, v in tensors.items()}
-    metadata = {"format": "pt", "sdseg": json.dumps(asdict(config))}
-    with whole_file(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary, metadata)
+    """Save {name: tensor} and a dataclass; `half` stores float32 as float16.
+
+    Written here rather than by the library, in its format: one tensor is in memory at a time, the
+    same input gives the same bytes, and a full disk is an OSError.
+    """
+    dtypes = {k: torch.float16 if half and t.dtype == torch.float32 else t.dtype
+              for k, t in tensors.items()}  # fmt: skip
+    header, end = {"__metadata__": {"format": "pt", "sdseg": json.dumps(asdict(config))}}, 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * dtypes[name].itemsize
+        kind, shape = CODES[dtypes[name]], list(tensor.shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # aligns the numbers
+    with whole_file(path) as temporary, open(temporary, "wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name, tensor in tensors.items():
+            values = tensor.detach().to("cpu", dtypes[name]).contiguous()
+            file.write(values.flatten().view(torch.uint8).numpy())
 
 
 def read_weights(path, config_class):

@@ -78,33 +78,28 @@ def whole_file(path):
 
 
 class Progress:
-    """done / total, rate and time left: one moving line on a terminal, plain lines in a log."""
+    """done / total, rate and time left: one moving line on a terminal, a line now and then in a log.
 
-    def __init__(self, total, unit, stream=sys.stderr):
-        self.total, self.unit, self.stream = total, unit, stream
-        self.done, self.start, self.shown = 0, time.monotonic(), 0.0
-        self.pause = 0.2 if stream.isatty() else 30.0
+    What is over before the first line is due prints nothing.
+    """
+
+    def __init__(self, total, unit):
+        self.total, self.unit, self.done = total, unit, 0
+        self.terminal = sys.stderr.isatty()
+        self.pause = 0.2 if self.terminal else 30.0
+        self.began = self.shown = time.monotonic()
 
     def step(self, n=1):
         self.done += n
         now = time.monotonic()
-        if now - self.shown < self.pause and self.done < self.total:
-            return
-        if self.done < self.total or self.shown:  # short work in a log file needs no line
-            self.show(now)
-        self.shown = self.shown or now
-        if self.done < self.total:
+        over = self.done >= self.total and self.shown > self.began
+        if now - self.shown >= self.pause or over:
             self.shown = now
-
-    def show(self, now):
-        rate = self.done / max(now - self.start, 1e-9)
-        left = (self.total - self.done) / max(rate, 1e-9)
-        text = f"{self.done}/{self.total} {self.unit}, {rate:.1f}/s, {duration(left)} left"
-        if self.stream.isatty():
-            end = "\n" if self.done >= self.total else ""
-            print(f"\r\x1b[K{text}", end=end, file=self.stream, flush=True)
-        else:
-            print(text, file=self.stream, flush=True)
+            rate = self.done / (now - self.began)
+            left = duration((self.total - self.done) / rate)
+            text = f"{self.done}/{self.total} {self.unit}, {rate:.1f}/s, {left} left"
+            start, end = ("\r\x1b[K", "\n" if over else "") if self.terminal else ("", "\n")
+            print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
 
 
 def duration(seconds):

@@ -166,17 +166,6 @@ class SDSeg(nn.Module):
         size = self.config.image_size // 2 ** (len(self.config.vae.ch_mult) - 1)
         return self.config.vae.z_channels, size, size
 
-    def draw(self, batch, latent_shape, generator=None, last=0.0):
-        """t uniform over the T steps, noise standard normal, both on the CPU.
-
-        A share `last` of the samples, evenly spread, is set to T - 1: the step that single-step
-        inference takes, which uniform t visits once in a thousand samples.
-        """
-        t = torch.randint(0, T, (batch,), generator=generator)
-        noise = torch.randn(batch, *latent_shape, generator=generator)
-        count = torch.arange(batch + 1, dtype=torch.float64) * last
-        return torch.where(count.floor().diff() > 0, T - 1, t), noise
-
     def loss(self, image, mask, generator=None, *, drawn=None, z_0=None, last=0.0,
              latent_weight=1.0, mask_weight=0.0):  # fmt: skip
         """Eq. 3: L = L_noise + latent_weight * L_latent, means of absolute errors.
@@ -188,7 +177,7 @@ class SDSeg(nn.Module):
         if z_0 is None:
             with torch.no_grad():
                 z_0 = self.encode_mask(mask)
-        t, noise = drawn or self.draw(len(z_0), z_0.shape[1:], generator, last)
+        t, noise = drawn or draw(len(z_0), z_0.shape[1:], generator, last)
         at_end = (t == T - 1).nonzero()[:, 0].to(z_0.device, non_blocking=True)
         t, noise = (x.to(z_0.device, non_blocking=True) for x in (t, noise))
         z_t = self.q_sample(z_0, t, noise)
@@ -268,6 +257,18 @@ class SDSeg(nn.Module):
             part.to(dtype=dtype)
         self.unet.out.float()
         return self
+
+
+def draw(batch, latent_shape, generator=None, last=0.0):
+    """t (batch,) uniform over the T steps, noise standard normal, both on the CPU.
+
+    A share `last` of the samples, evenly spread, is set to T - 1: the step that single-step
+    inference takes, which uniform t visits once in a thousand samples.
+    """
+    t = torch.randint(0, T, (batch,), generator=generator)
+    noise = torch.randn(batch, *latent_shape, generator=generator)
+    count = torch.arange(batch + 1, dtype=torch.float64) * last
+    return torch.where(count.floor().diff() > 0, T - 1, t), noise
 
 
 def cross_entropy_and_dice(logits, mask):

@@ -8,7 +8,7 @@ import torch
 from conftest import golden, golden_weights
 
 from common import Refusal
-from sdseg import PRESETS, SDSeg, SDSegConfig, T, class_colours, ddim_timesteps, start_from
+from sdseg import PRESETS, SDSeg, SDSegConfig, T, class_colours, ddim_timesteps, draw, start_from
 from unet import UNet, UNetConfig
 from vae import VAEConfig
 
@@ -185,11 +185,11 @@ def test_a_pictures_mask_does_not_depend_on_its_neighbours():
 
 def test_draw_sets_its_share_to_the_last_step():
     """`last` = 0.75 puts three of four samples at t = T - 1, evenly, in every part of a batch."""
-    t, noise = tiny().draw(16, (4, 2, 2), torch.Generator().manual_seed(0), last=0.75)
+    t, noise = draw(16, (4, 2, 2), torch.Generator().manual_seed(0), last=0.75)
     for part in t.view(4, 4):
         assert (part == T - 1).sum() >= 3
     assert noise.shape == (16, 4, 2, 2)
-    t, _ = tiny().draw(4000, (1, 1, 1), torch.Generator().manual_seed(0))
+    t, _ = draw(4000, (1, 1, 1), torch.Generator().manual_seed(0))
     assert t.min() < 5 and t.max() > 994 and abs(t.float().mean() - 499.5) < 20
 
 
