@@ -98,10 +98,13 @@ class SDSeg(nn.Module):
 
     # ---- between masks and latents: the only place that knows colours and scales ----
 
+    def paint(self, mask):
+        """mask (B, H, W) int64 class ids -> their colours (B, 3, H, W) in [-1, 1]."""
+        return self.colours[mask].permute(0, 3, 1, 2).contiguous()
+
     def encode_mask(self, mask):
         """mask (B, H, W) int64 class ids -> z_0 (B, 4, h, w), the scaled posterior mean."""
-        colours = self.colours[mask].permute(0, 3, 1, 2)  # (B, 3, H, W)
-        return self.config.mask_scale * self.vae.encode(colours.contiguous())[0].float()
+        return self.config.mask_scale * self.vae.encode(self.paint(mask))[0].float()
 
     def decode_mask(self, z_0):
         """z_0 (B, 4, h, w) -> colours (B, 3, H, W) float32, near [-1, 1]."""

@@ -1,0 +1,214 @@
+"""Pictures and volumes in and out, trusting nothing that a file says of itself.
+
+Pictures are uint8 (H, W, 3), masks uint8 (H, W). Volumes are float32 (X, Y, Z), turned so that
+the axes run to the right, anterior and superior (RAS); writing turns them back. Sizes are checked
+before memory is taken, and whatever a decoder raises becomes a Refusal that names the file.
+"""
+
+import gzip
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from common import Refusal, one_line, whole_file
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
+VOLUME_ENDINGS = (".nii.gz", ".nii")
+MAX_PIXELS = 100_000_000  # of a picture: 10,000 x 10,000
+MAX_BYTES = 8 << 30  # of a volume, decompressed
+Image.MAX_IMAGE_PIXELS = None  # the limit above is checked first, and says what to do
+
+
+def is_volume(path):
+    return str(path).lower().endswith(VOLUME_ENDINGS)
+
+
+def stem(path):
+    """The file's name without its ending: scan.nii.gz -> scan."""
+    name = Path(path).name
+    ending = next((e for e in VOLUME_ENDINGS if name.lower().endswith(e)), Path(name).suffix)
+    return name[: len(name) - len(ending)]
+
+
+def open_image(path):
+    """A decoded PIL image, its first frame, upright. Raises Refusal."""
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise Refusal(f"{path}: {width} x {height} pixels; at most 100 million are read")
+            if getattr(image, "n_frames", 1) > 1:
+                print(f"{path}: {image.n_frames} frames; the first is used", file=sys.stderr)
+                image.seek(0)
+            image.load()
+            return ImageOps.exif_transpose(image)
+    except (Refusal, FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise Refusal(one_line(error) if isinstance(error, Refusal) else
+                      f"{path}: {error.strerror}") from None  # fmt: skip
+    except Exception as error:  # a damaged file leads Pillow into many kinds
+        raise Refusal(f"{path}: not a readable picture ({one_line(error)[:120]})") from None
+
+
+def read_image(path):
+    """Any picture -> uint8 (H, W, 3). Raises Refusal.
+
+    More than 8 bits are scaled by the picture's own range; transparency is laid on black.
+    """
+    image = open_image(path)
+    if image.mode.startswith(("I", "F")):
+        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        low, high = values.min(), values.max()
+        grey = (values - low) / max(high - low, 1e-9) * 255
+        return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.asarray(image.convert("RGB"))
+
+
+def read_mask(path):
+    """A picture of class ids or of black and white -> its values, uint8 (H, W). Raises Refusal."""
+    image = open_image(path)
+    if image.mode == "1":
+        image = image.convert("L")
+    if image.mode in ("RGBA", "LA", "CMYK", "YCbCr", "PA"):
+        image = image.convert("RGB")
+    values = np.asarray(image)
+    if values.ndim == 3:
+        if image.format != "JPEG" and (values != values[..., :1]).any():
+            raise Refusal(f"{path}: a mask in colours; store class ids as grey values 0, 1, 2, ..")
+        values = values[..., 0]
+    if values.min() < 0 or values.max() > 255:
+        raise Refusal(f"{path}: mask values up to {values.max()}; class ids go up to 255")
+    return values.astype(np.uint8)
+
+
+def write_image(path, array):
+    """uint8 (H, W) or (H, W, 3) -> a PNG, whole or not at all."""
+    with whole_file(path) as temporary:
+        Image.fromarray(array).save(temporary, format="png")
+
+
+class Geometry(NamedTuple):
+    """How a volume lies in its file and in space; what `write_volume` needs to put a mask there."""
+
+    header: object  # nibabel's
+    affine: np.ndarray  # (4, 4), voxel indices to millimetres
+    shape: tuple  # as stored
+    turns: np.ndarray  # the orientation change from file to RAS
+
+    @property
+    def spacing(self):
+        return tuple(float(s) for s in self.header.get_zooms()[:3])
+
+
+def nifti_bytes(path):
+    """-> nibabel's header, all bytes. Reads no more than the header announces. Raises Refusal."""
+    from nibabel import Nifti1Header, Nifti2Header
+
+    opener = gzip.open if str(path).lower().endswith(".gz") else open
+    with opener(path, "rb") as file:
+        start = file.read(544)
+        second = start[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+        kind = Nifti2Header if second else Nifti1Header
+        header = kind(start[: kind.template_dtype.itemsize], check=True)
+        shape, itemsize = header.get_data_shape(), header.get_data_dtype().itemsize
+        size = int(header.get_data_offset()) + int(np.prod([int(n) for n in shape])) * itemsize
+        if not shape or min(shape) < 1 or not 0 < size <= MAX_BYTES:
+            raise Refusal(f"{path}: a volume of {shape} voxels; at most 8 GB are read")
+        content = start + file.read(size - len(start))
+    if len(content) < size:
+        raise Refusal(f"{path}: truncated, {len(content)} of {size} bytes; copy it again")
+    return kind, content
+
+
+def read_volume(path):
+    """A NIfTI file -> float32 (X, Y, Z) in RAS orientation, and its Geometry. Raises Refusal.
+
+    scl_slope is applied; NaN and infinities become the nearest finite extreme. A volume without
+    an affine is taken as it lies.
+    """
+    import nibabel as nib
+
+    try:
+        kind, content = nifti_bytes(path)
+        image = {"Nifti1Header": nib.Nifti1Image, "Nifti2Header": nib.Nifti2Image}[
+            kind.__name__
+        ].from_bytes(content)
+        if image.get_data_dtype().kind not in "iufb":
+            raise Refusal(f"{path}: voxels of type {image.get_data_dtype()}; give numbers")
+        shape = image.shape
+        if len(shape) < 2 or any(n > 1 for n in shape[3:]):
+            raise Refusal(f"{path}: {len(shape)}-D, {shape}; save the one volume that you want")
+        values = np.asarray(image.dataobj, dtype=np.float32).reshape((shape + (1,))[:3])
+    except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
+        raise Refusal(f"{path}: {error.strerror}") from None
+    except Refusal:
+        raise
+    except (Exception, zlib.error) as error:  # a damaged file leads nibabel into many kinds
+        raise Refusal(f"{path}: not a readable NIfTI volume ({one_line(error)[:120]})") from None
+    finite = np.isfinite(values)
+    if not finite.all():
+        low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0, 0)
+        values = np.nan_to_num(values, nan=low, neginf=low, posinf=high)
+    turns = nib.io_orientation(image.affine)
+    if np.isnan(turns).any():  # an affine that flattens space says nothing of orientation
+        turns = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
+    values = nib.apply_orientation(values, turns)
+    return values, Geometry(image.header, image.affine, shape, turns)
+
+
+def write_volume(path, values, geometry):
+    """(X, Y, Z) in RAS -> a NIfTI file with the shape, affine and spacing of `geometry`'s file.
+
+    The file keeps the dtype of `values`: uint8 for masks, float32 for scores.
+    """
+    import nibabel as nib
+
+    ras = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
+    back = nib.apply_orientation(values, nib.ornt_transform(ras, geometry.turns))
+    kind = nib.Nifti2Image if isinstance(geometry.header, nib.Nifti2Header) else nib.Nifti1Image
+    header = geometry.header.copy()
+    header.set_data_dtype(values.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0
+    image = kind(back.reshape(geometry.shape), geometry.affine, header)
+    with whole_file(path) as temporary:
+        nib.save(image, temporary)
+
+
+def slices_of(volume):
+    """(X, Y, Z) in RAS -> axial slices (Z, H, W), rows from anterior to posterior."""
+    return volume.transpose(2, 1, 0)[:, ::-1]
+
+
+def volume_of(slices):
+    """The inverse of `slices_of`."""
+    return slices[:, ::-1].transpose(2, 1, 0)
+
+
+def window_to_uint8(values, window):
+    """Intensities -> uint8: the window's (low, high) become 0 and 255, what lies outside is cut."""
+    low, high = window
+    return ((values - low) * (255 / max(high - low, 1e-9))).round().clip(0, 255).astype(np.uint8)
+
+
+def resize_image(image, size):
+    """uint8 (H, W, 3) -> (size, size, 3), antialiased; the aspect ratio is not kept."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def resize_mask(ids, size):
+    """uint8 (H, W) class ids -> (size, size): the class that covers most of each new pixel."""
+    classes = np.unique(ids)
+    shares = [
+        np.asarray(
+            Image.fromarray((ids == c) * np.uint8(255)).resize((size, size), Image.Resampling.BOX)
+        )
+        for c in classes
+    ]
+    return classes[np.argmax(shares, axis=0)].astype(np.uint8)

@@ -1,0 +1,196 @@
+"""Training: learns, resumes to the bit, survives signals, and splits over processes."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from common import Refusal
+from sdseg import SDSeg, SDSegConfig
+from unet import UNetConfig
+from vae import VAEConfig
+
+ROOT = Path(__file__).parent.parent
+TINY = SDSegConfig(
+    "nano",
+    VAEConfig(32, (1, 1, 1, 1), 1),
+    UNetConfig("sd", 8, 4, 32, (1, 2), 1, (2,), 8, None),
+    prediction="x0",
+    image_size=32,
+)
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder of 20 pictures with a bright disc each, and a tiny model to start from."""
+    monkeypatch.setenv("SDSEG_CACHE", str(tmp_path / "cache"))
+    torch.manual_seed(0)
+    torch.use_deterministic_algorithms(True)
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:40, :48]
+    for folder in ("images", "masks"):
+        (tmp_path / "own" / folder).mkdir(parents=True)
+    for i in range(20):
+        disc = (y - rng.integers(10, 30)) ** 2 + (x - rng.integers(10, 38)) ** 2 < 80
+        picture = rng.integers(0, 120, (40, 48, 3)) + 120 * disc[..., None]
+        Image.fromarray(picture.astype(np.uint8)).save(tmp_path / "own/images" / f"{i}.png")
+        Image.fromarray((disc * 255).astype(np.uint8)).save(tmp_path / "own/masks" / f"{i}.png")
+    SDSeg(TINY).save(tmp_path / "tiny.safetensors")
+    yield tmp_path
+    torch.use_deterministic_algorithms(False)
+
+
+def arguments(place, name, *more, steps=6):
+    return [
+        *("--data", str(place / "own"), "--init", str(place / "tiny.safetensors")),
+        *("--out", str(place / name), "--steps", str(steps), "--batch-size", "4"),
+        *("--eval-every", "3", "--log-every", "2", "--precision", "fp32", "--device", "cpu"),
+        *more,
+    ]
+
+
+def run(place, name, *more, **options):
+    return train.main(train.parse(arguments(place, name, *more, **options)))
+
+
+def state(folder):
+    return torch.load(folder / "resume.pt", weights_only=True)
+
+
+def same(a, b):
+    return all(
+        torch.equal(p, q)
+        for key in ("trained", "average")
+        for p, q in zip(a[key], b[key], strict=True)
+    )
+
+
+def test_a_run_leaves_what_it_promises(place):
+    """model, resume, log, samples, config: each is there, whole, and loads."""
+    assert run(place, "run") is None
+    model = SDSeg.load(place / "run/model.safetensors")
+    assert model.config.classes == ("background", "foreground") and model.config.data == "own"
+    assert model.config.mask_scale != TINY.mask_scale
+    rows = list(csv.DictReader((place / "run/log.csv").open()))
+    assert [r["step"] for r in rows] == ["2", "3", "4", "6", "6"]
+    assert Image.open(place / "run/samples/000006.png").size == (32 * 4, 32 * 2)
+    assert json.loads((place / "run/config.json").read_text())["args"]["steps"] == 6
+    assert not [p for p in (place / "run").iterdir() if p.name.startswith(".tmp")]
+
+
+def test_what_is_saved_is_the_average(place):
+    """model.safetensors holds the averaged tau and U-Net, and the frozen autoencoder untouched."""
+    run(place, "run", "--eval-every", "6")
+    model = SDSeg.load(place / "run/model.safetensors")
+    trained = [p for n, p in model.named_parameters() if not n.startswith("vae.")]
+    for p, q in zip(trained, state(place / "run")["average"], strict=True):
+        assert torch.equal(p, q)
+    start = SDSeg.load(place / "tiny.safetensors")
+    for p, q in zip(model.vae.parameters(), start.vae.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_resume_is_exact(place, monkeypatch):
+    """SIGTERM after a step saves and returns 143; the resumed run ends with the same bits."""
+    run(place, "whole")
+    update = train.Average.update
+
+    def stop_at_3(self, step):
+        update(self, step)
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(train.Average, "update", stop_at_3)
+    assert run(place, "parts") == 128 + signal.SIGTERM
+    monkeypatch.setattr(train.Average, "update", update)
+    assert state(place / "parts")["step"] == 4
+    train.main(train.parse(["--resume", str(place / "parts"), "--device", "cpu"]))
+    assert same(state(place / "whole"), state(place / "parts"))
+    steps = [r["step"] for r in csv.DictReader((place / "parts/log.csv").open())]
+    assert steps == sorted(steps, key=int) and steps[-1] == "6"
+
+
+def test_a_non_finite_step_is_skipped(place, monkeypatch):
+    """A NaN loss changes nothing; only NaN losses stop the run in one line."""
+    bad = {1}
+    loss = SDSeg.loss
+
+    def sometimes(self, *args, **kwargs):
+        out = loss(self, *args, **kwargs)
+        sometimes.calls += 1
+        return out._replace(total=out.total * float("nan")) if sometimes.calls - 1 in bad else out
+
+    sometimes.calls = 0
+    monkeypatch.setattr(SDSeg, "forward", sometimes)
+    monkeypatch.setattr(SDSeg, "__call__", sometimes, raising=False)
+    run(place, "run")
+    assert all(p.isfinite().all() for p in state(place / "run")["trained"])
+    rows = list(csv.DictReader((place / "run/log.csv").open()))
+    assert [r["skipped"] for r in rows if r["skipped"]] == ["1", "0", "0"]
+    bad.update(range(100))
+    with pytest.raises(Refusal, match="not finite"):
+        run(place, "bad")
+
+
+def test_two_processes_take_the_step_of_one(place):
+    """torchrun with two processes and half the batch each ends where one process ends."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2"]
+    flags = arguments(place, "two", "--mask-weight", "1", steps=3)
+    done = subprocess.run(
+        [*torchrun, "--master_port=29611", str(ROOT / "train.py"), *flags],
+        capture_output=True, text=True, cwd=place, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    run(place, "one", "--mask-weight", "1", steps=3)
+    for p, q in zip(state(place / "one")["trained"], state(place / "two")["trained"]):
+        torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3)
+
+
+def test_refusals(place):
+    """What cannot be done is said in one line before anything is trained."""
+    run(place, "run", steps=2)
+    cases = {
+        "holds a run already": arguments(place, "run"),
+        "no such file": arguments(place, "x", "--init", str(place / "none.safetensors")),
+        "config.json": ["--resume", str(place / "nothing")],
+        "nowhere": ["--data", str(place / "nowhere"), "--init", str(place / "tiny.safetensors")],
+    }
+    for words, flags in cases.items():
+        with pytest.raises(Refusal, match=words) as error:
+            train.main(train.parse(flags))
+        assert "\n" not in str(error.value)
+    (place / "run/resume.pt").write_bytes(b"not a checkpoint")
+    with pytest.raises(Refusal, match="cannot be resumed"):
+        train.main(train.parse(["--resume", str(place / "run"), "--device", "cpu"]))
+
+
+def test_a_changed_data_set_is_noticed(place):
+    """Resuming on other pictures than the run began with is refused."""
+    run(place, "run", steps=2)
+    (place / "own/images/3.png").unlink()
+    (place / "own/masks/3.png").unlink()
+    with pytest.raises(Refusal, match="data set"):
+        train.main(train.parse(["--resume", str(place / "run"), "--device", "cpu"]))
+
+
+def test_the_average_covers_and_swaps():
+    """swap exchanges weights and averages; twice is nothing; a constant stays itself."""
+    p = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    average = train.Average([p], 0.9)
+    with torch.no_grad():
+        p.add_(1)
+    average.update(step=10**6)
+    torch.testing.assert_close(average.mean[0], torch.tensor([1.1, 2.1]))
+    average.swap()
+    torch.testing.assert_close(p.detach(), torch.tensor([1.1, 2.1]))
+    average.swap()
+    assert p.tolist() == [2.0, 3.0]

@@ -1,0 +1,456 @@
+"""Train SDSeg: `python train.py --data cvc`, and `python train.py --resume runs/cvc`.
+
+Trained are tau and the U-Net; the autoencoder stays frozen. A run's folder holds
+`model.safetensors` (best validation Dice, averaged weights, complete), `resume.pt`, `log.csv`,
+`samples/STEP.png` and `config.json`. Everything random is a function of (seed, step), so a resumed
+run repeats an uninterrupted one, and two processes with half a batch each take the step of one.
+Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`.
+"""
+
+from common import Parser, Refusal, duration, one_line, run, whole_file
+
+# What differs between the paper's models and the small one, unless a flag says otherwise.
+PAPER = dict(steps=100_000, batch_size=4, lr=4e-5, warmup=1000, eval_every=2000, ema=0.9999,
+             last=0.0, mask_weight=0.0, augment="flip")  # fmt: skip
+NANO = dict(steps=5000, batch_size=16, lr=5e-4, warmup=200, eval_every=250, ema=0.998,
+            last=0.75, mask_weight=1.0, augment="full")  # fmt: skip
+
+
+def parse(argv=None):
+    parser = Parser("Train SDSeg on a data set; see also the README.")
+    add = parser.add_argument
+    recipe = {k: f"(default: {PAPER[k]}; nano: {NANO[k]})" for k in PAPER}
+    add("--data", help="cvc, kvasir, refuge2, btcv, sts3d, demo, several as a+b, or a folder")
+    add("--root", default="data", help="where the data sets lie")
+    add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
+    add("--resume", metavar="DIR", help="go on with the run in this folder, with its own settings")
+    add("--init", metavar="FILE", help="weights to start from (default: sd-v1, else nano)")
+    add("--fresh", action="store_true", help="keep of --init only the autoencoder")
+    add("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
+    add("--steps", type=int, help=f"optimiser steps {recipe['steps']}")
+    add("--batch-size", type=int, help=f"images a step, over all GPUs {recipe['batch_size']}")
+    add("--lr", type=float, help=f"peak learning rate of AdamW {recipe['lr']}")
+    add("--warmup", type=int, help=f"steps of linear warm-up {recipe['warmup']}")
+    add("--decay", action="store_true", help="let the rate fall linearly to zero (nano: always)")
+    add("--eval-every", type=int, help=f"steps between validations {recipe['eval_every']}")
+    add("--log-every", type=int, default=25, help="steps between lines of the log")
+    add("--ema", type=float, help=f"decay of the moving average {recipe['ema']}")
+    add("--augment", choices=["none", "flip", "full"], help=f"{recipe['augment']}")
+    add("--size", type=int, help="pixels, H = W (default: that of the weights)")
+    add("--prediction", choices=["eps", "x0", "v"], help="(default: that of the weights)")
+    add("--fusion", choices=["concat", "cross"], help="how the U-Net sees the image")
+    add("--freeze-encoder", action="store_true", help="do not train tau")
+    add("--latent-weight", type=float, default=1.0, help="lambda of Eq. 3")
+    add("--mask-weight", type=float, help=f"loss on the decoded mask {recipe['mask_weight']}")
+    add("--last", type=float, help=f"share of samples at t = T - 1 {recipe['last']}")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    add("--seed", type=int, default=0)
+    add("--workers", type=int, help="processes that load data (default: 0 on a CPU, 4 a GPU)")
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    args = parser.parse_args(argv)
+    if not args.data and not args.resume:
+        parser.error("one of --data and --resume is needed")
+    return args
+
+
+if __name__ == "__main__":
+    ARGS = parse()  # before the heavy imports, so that --help and a wrong flag answer at once
+
+import csv
+import json
+import os
+import shutil
+import signal
+import time
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+from checkpoint import read_weights
+from data import SegmentationData, find, write_image
+from metrics import dice
+from sdseg import SDSegConfig, draw, find_device, has_fast_bf16, start_from
+
+
+class Batches(torch.utils.data.Dataset):
+    """Step -> this process's share of the step's batch: the samples, t and the noise.
+
+    Each epoch is a new permutation; an incomplete last batch is filled from the next epoch.
+    """
+
+    def __init__(self, data, model, args, rank=0, world=1):
+        self.data, self.args = data, args
+        self.latent_shape = model.latent_shape()
+        self.mine = slice(rank * args.batch_size // world, (rank + 1) * args.batch_size // world)
+
+    def __getitem__(self, step):
+        a = self.args
+        places = range(step * a.batch_size, (step + 1) * a.batch_size)
+        samples = [self.sample(place) for place in places[self.mine]]
+        generator = torch.Generator().manual_seed(a.seed * 1_000_003 + step)
+        t, noise = draw(a.batch_size, self.latent_shape, generator, a.last)
+        batch = self.data.batch(samples)
+        return batch["image"], batch["mask"], t[self.mine], noise[self.mine]
+
+    def sample(self, place):
+        """The place-th sample of the whole run -> (epoch, index)."""
+        epoch, i = divmod(place, len(self.data))
+        order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.data))
+        return epoch, int(order[i])
+
+
+class Average:
+    """Exponential moving average of the parameters that train, all of them."""
+
+    def __init__(self, parameters, decay):
+        self.live, self.decay = list(parameters), decay
+        self.mean = [p.detach().clone() for p in self.live]
+
+    @torch.no_grad()
+    def update(self, step):
+        decay = min(self.decay, (1 + step) / (10 + step))  # forget the start quickly
+        torch._foreach_lerp_(self.mean, [p.detach() for p in self.live], 1 - decay)
+
+    @torch.no_grad()
+    def swap(self):
+        """Exchange the live parameters and their averages; twice is nothing."""
+        for p, m in zip(self.live, self.mean):
+            held = p.detach().clone()
+            p.copy_(m)
+            m.copy_(held)
+
+
+def learning_rate(step, args):
+    warm = min(1.0, (step + 1) / max(args.warmup, 1))
+    return args.lr * warm * (1 - step / args.steps if args.decay else 1)
+
+
+@torch.no_grad()
+def mask_std(model, data, n=512):
+    """Standard deviation of unscaled mask latents over up to n training masks, as they are."""
+    total = torch.zeros(3, dtype=torch.float64)
+    for i in range(0, min(n, len(data)), 16):
+        masks = data.batch([(None, j) for j in range(i, min(i + 16, n, len(data)))])["mask"]
+        z = model.vae.encode(model.paint(masks.to(model.colours.device)))[0].double().cpu()
+        total += torch.stack([torch.tensor(float(z.numel())), z.sum(), z.square().sum()])
+    count, first, second = total.tolist()
+    return max(second / count - (first / count) ** 2, 1e-12) ** 0.5
+
+
+@torch.no_grad()
+def validate(model, data, device, autocast, batch_size=16):
+    """Mean Dice over the items, foreground classes averaged, single-step inference, seed 0."""
+    scores = []
+    for i in range(0, len(data), batch_size):
+        batch = data.batch([(None, j) for j in range(i, min(i + batch_size, len(data)))])
+        with autocast():
+            p = model.segment(batch["image"].to(device), generator=torch.Generator().manual_seed(0))
+        ids = (p[:, 0] > 0.5).long() if p.shape[1] == 1 else p.argmax(1)
+        k = len(model.config.classes)
+        scores += [np.mean(dice(a, b, k)) for a, b in zip(ids.cpu().numpy(), batch["mask"].numpy())]
+    return float(np.mean(scores))
+
+
+@torch.no_grad()
+def sample_strip(model, data, device, n=6):
+    """uint8 picture, a row an item: image | truth | prediction | z_0 estimate."""
+    batch = data.batch([(None, i * len(data) // n) for i in range(min(n, len(data)))])
+    image = batch["image"].to(device)
+    z_c = model.condition(image)
+    noise = torch.randn(z_c.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
+    z_0 = model.reverse(noise.expand_as(z_c), z_c, [999])
+    latent = F.interpolate(z_0[:, :3], image.shape[2:], mode="nearest") / 2  # 3 of 4 channels
+    truth = model.paint(batch["mask"].to(device))
+    rows = torch.cat([image, truth, model.decode_mask(z_0), latent], 3).clamp(-1, 1)
+    return ((rows + 1) * 127.5).byte().permute(0, 2, 3, 1).flatten(0, 1).cpu().numpy()
+
+
+def save_resume(path, **state):
+    with whole_file(path) as temporary:
+        torch.save(state, temporary)
+
+
+def read_resume(path):
+    """Tensors and plain values only, whatever the file holds. Raises Refusal."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Refusal(f"{path}: no such file; --resume takes the folder of a run") from None
+    except Exception as error:  # torch.load raises whatever a damaged file leads it into
+        raise Refusal(f"{path}: cannot be resumed from ({one_line(error)[:200]})") from None
+
+
+def settings(args):
+    """Fill in what the user left open: the weights to start from, and that model's recipe."""
+    if args.resume:
+        path = Path(args.resume) / "config.json"
+        try:
+            saved = json.loads(path.read_text())["args"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise Refusal(f"{path}: not the folder of a run; it needs config.json") from None
+        names = ("resume", "device", "workers") + (("steps",) if args.steps else ())
+        vars(args).update({**saved, **{k: getattr(args, k) for k in names}})
+        args.init, args.fresh = str(Path(args.resume) / "model.safetensors"), False
+        return "as --resume says"
+    why = "as --init says"
+    if args.init is None:
+        big, small = Path("weights/sd-v1.safetensors"), Path(__file__).parent / "weights"
+        args.init = str(big if big.exists() else small / "nano.safetensors")
+        why = "converted weights are there" if big.exists() else "no weights/sd-v1.safetensors here"
+    preset = read_weights(args.init, SDSegConfig)[0].preset
+    for name, value in (NANO if preset == "nano" else PAPER).items():
+        if getattr(args, name) is None:
+            setattr(args, name, value)
+    args.decay = args.decay or preset == "nano"
+    if args.out is None:
+        args.out = f"runs/{Path(args.data).name.replace('+', '-')}"
+    if (Path(args.out) / "resume.pt").exists():
+        raise Refusal(f"{args.out}: holds a run already; --resume {args.out}, or another --out")
+    return why
+
+
+class Watch:
+    """Sums of the losses since the last line of the log, and the guard against non-finite steps.
+
+    A step whose gradient norm is not finite is skipped inside the fused optimiser, as a
+    GradScaler does it, so that the loop need not wait for the GPU to know.
+    """
+
+    names = ("loss", "noise", "latent", "mask", "late")
+
+    def __init__(self, optimiser, device):
+        self.optimiser = optimiser
+        self.sums = torch.zeros(7, device=device)  # 4 losses, late sum and count, skipped steps
+        self.steps = 0
+
+    @torch.no_grad()
+    def step(self, loss, norm):
+        bad = ~torch.isfinite(norm)
+        self.optimiser.found_inf = bad.float()
+        self.optimiser.grad_scale = torch.ones_like(norm)
+        values = torch.cat([torch.stack(loss[:4]), loss.late, bad.float()[None]])
+        self.sums += torch.where(bad, torch.tensor([0.0] * 6 + [1], device=bad.device), values)
+        self.steps += 1
+
+    def read(self):
+        """-> {name: mean since the last call}, skipped steps. Raises Refusal if all were."""
+        *sums, late, count, skipped = self.sums.tolist()
+        good = self.steps - skipped
+        if not good:
+            raise Refusal(
+                f"the loss was not finite for {self.steps} steps on end; resume.pt holds the last "
+                "good state: lower --lr, or --precision fp32"
+            )
+        means = [x / good for x in sums] + [late / count if count else float("nan")]
+        self.sums.zero_()
+        self.steps = 0
+        return dict(zip(self.names, means)), int(skipped)
+
+
+class Log:
+    """One line an interval on stdout, the same numbers in log.csv."""
+
+    columns = ("step", *Watch.names, "lr", "images_per_s", "skipped", "val_dice")
+
+    def __init__(self, path, start, steps):
+        self.path, self.start, self.steps, self.began = path, start, steps, time.monotonic()
+        rows = []
+        if start and path.exists():  # a resumed run drops what came after its last save
+            rows = [r for r in csv.reader(path.open()) if r and r[0].isdigit()]
+        with whole_file(path) as temporary, open(temporary, "w", newline="") as file:
+            csv.writer(file).writerows([self.columns, *(r for r in rows if int(r[0]) <= start)])
+
+    def write(self, **values):
+        with open(self.path, "a", newline="") as file:
+            csv.DictWriter(file, self.columns).writerow(
+                {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
+            )
+
+    def losses(self, step, means, skipped, lr, rate):
+        self.write(step=step, **means, lr=lr, images_per_s=rate, skipped=skipped)
+        left = (time.monotonic() - self.began) / (step - self.start) * (self.steps - step)
+        text = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
+        skips = f"  {skipped} steps skipped: not finite" if skipped else ""
+        print(f"step {step}  {text}  lr {lr:.1e}  {rate:.1f} images/s  {duration(left)} left{skips}",
+              flush=True)  # fmt: skip
+
+    def score(self, step, score, best):
+        self.write(step=step, val_dice=score)
+        print(f"step {step}  validation Dice {score:.4f}{'  best' if score == best else ''}",
+              flush=True)  # fmt: skip
+
+
+def restore(folder, trained, average, optimiser, key):
+    """Put a run's state back -> step, best Dice. Raises Refusal if it does not fit."""
+    path = folder / "resume.pt"
+    state = read_resume(path)
+    try:
+        if state["data"] != key:
+            raise Refusal(f"{folder}: the data set is not the one this run was saved with")
+        with torch.no_grad():
+            for live, saved in zip((trained, average.mean), (state["trained"], state["average"])):
+                for p, q in zip(live, saved, strict=True):
+                    p.copy_(q)
+        optimiser.load_state_dict(state["optimiser"])
+        return int(state["step"]), float(state["best"])
+    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+        raise Refusal(f"{path}: does not fit this model ({one_line(error)[:200]})") from None
+
+
+def join_processes():
+    """-> rank, world, local rank; starts the process group where torchrun started us."""
+    rank, world, local = (int(os.environ.get(k, d)) for k, d in
+                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    if world > 1:
+        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return rank, world, local
+
+
+def watch_signals():
+    """-> a list that receives the number of the first SIGTERM or SIGINT; a second one kills."""
+    caught = []
+
+    def handler(number, frame):
+        if caught:
+            os._exit(128 + number)
+        caught.append(number)
+        print("stopping after this step; once more stops at once", flush=True)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+    return caught
+
+
+def make_model(args, found):
+    """The model to train, its data set's properties in the config, mask scale still to be set."""
+    model = start_from(
+        args.init,
+        fresh=args.fresh,
+        data=found.name,
+        classes=found.classes,
+        window=found.window,
+        **{k: getattr(args, k) for k in ("prediction", "fusion") if getattr(args, k)},
+        **({"image_size": args.size} if args.size else {}),
+    )
+    model.tau.requires_grad_(not args.freeze_encoder)
+    for name, p in model.unet.named_parameters():  # unused without a context, so without gradient
+        if model.config.fusion == "concat" and (".attn2." in name or ".norm2." in name):
+            p.requires_grad_(False)
+    return model
+
+
+def check_room(out, parameters):
+    """Raise Refusal now rather than lose a run later: can the folder hold what will be saved?"""
+    out.mkdir(parents=True, exist_ok=True)
+    with whole_file(out / "config.json") as path:
+        path.write_text("{}")
+    need = 4 * 6 * sum(p.numel() for p in parameters)  # weights, average, 2 moments; old and new
+    free = shutil.disk_usage(out).free
+    if free < need:
+        raise Refusal(f"{out}: {free >> 20} MB free, {need >> 20} MB needed; choose another --out")
+
+
+def main(args):
+    why = settings(args)
+    torch.manual_seed(args.seed)
+
+    # 1. Where: processes, device, precision
+    rank, world, local = join_processes()
+    if args.batch_size % world:
+        raise Refusal(f"--batch-size {args.batch_size}: not a multiple of {world} processes")
+    device = find_device(args.device or (f"cuda:{local}" if torch.cuda.is_available() else None))
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and has_fast_bf16(device))
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
+    say = print if rank == 0 else lambda *a, **k: None
+
+    # 2. Data and model
+    found = find(args.data, args.root, args.split)
+    model = make_model(args, found)
+    say(f"starts from {args.init}{', its autoencoder alone' if args.fresh else ''}: {why}")
+    size = model.config.image_size
+    augment = None if args.augment == "none" else args.augment
+    train_data = SegmentationData(found, "train", size, augment, args.seed)
+    val_data = SegmentationData(found, "val", size)
+    model.to(device)
+    scale = 1 / mask_std(model, train_data)
+    model.config = replace(model.config, mask_scale=scale)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    out = Path(args.out)
+    if rank == 0:
+        check_room(out, trained)
+        config = {"args": vars(args), "model": asdict(model.config), "torch": torch.__version__}
+        with whole_file(out / "config.json") as path:
+            path.write_text(json.dumps(config, indent=1))
+    count = sum(p.numel() for p in trained) / 1e6
+    say(f"{found.name}: {len(train_data)} training, {len(val_data)} validation items of {size} px, "
+        f"{len(found.classes)} classes; mask latents have std {1 / scale:.3f}")  # fmt: skip
+    say(f"{count:.1f} M parameters train on {device}, {'bf16' if bf16 else 'fp32'}, "
+        f"{world} process{'es' * (world > 1)}; {args.steps} steps of {args.batch_size}")  # fmt: skip
+
+    # 3. Optimiser, average, and where a resumed run left off
+    optimiser = torch.optim.AdamW(trained, lr=args.lr, fused=device.type != "mps")
+    average = Average(trained, args.ema)
+    start, best = 0, -1.0
+    if args.resume:
+        start, best = restore(Path(args.resume), trained, average, optimiser, train_data.key)
+        say(f"resumed at step {start}, best validation Dice {best:.4f}")
+    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    workers = args.workers if args.workers is not None else 4 * (device.type == "cuda")
+    loader = torch.utils.data.DataLoader(
+        Batches(train_data, model, args, rank, world), batch_size=None,
+        sampler=range(start, args.steps), num_workers=workers, pin_memory=device.type == "cuda",
+    )  # fmt: skip
+    log = Log(out / "log.csv", start, args.steps) if rank == 0 else None
+    caught = watch_signals()
+
+    # 4. The loop; nothing in it waits for the GPU but the log and the validation
+    model.train()
+    watch = Watch(optimiser, device)
+    began = time.monotonic()
+    for step, (image, mask, t, noise) in zip(range(start, args.steps), loader):
+        for group in optimiser.param_groups:
+            group["lr"] = learning_rate(step, args)
+        with autocast():
+            loss = net(image.to(device, non_blocking=True), mask.to(device, non_blocking=True),
+                       drawn=(t, noise), latent_weight=args.latent_weight,
+                       mask_weight=args.mask_weight)  # fmt: skip
+        loss.total.backward()
+        watch.step(loss, torch.nn.utils.clip_grad_norm_(trained, 1.0))
+        optimiser.step()
+        optimiser.zero_grad(set_to_none=True)
+        average.update(step)
+
+        # 5. Log, validate, save
+        done = step + 1
+        last = done == args.steps or bool(caught)
+        if rank == 0 and (done % args.log_every == 0 or last):
+            rate = args.batch_size * (done - start) / (time.monotonic() - began)
+            log.losses(done, *watch.read(), optimiser.param_groups[0]["lr"], rate)
+        if rank == 0 and (done % args.eval_every == 0 or last):
+            average.swap()
+            model.eval()
+            score = validate(model, val_data, device, autocast)
+            strip = sample_strip(model, val_data, device)
+            write_image(out / "samples" / f"{done:06d}.png", strip)
+            if score > best:
+                best = score
+                model.save(out / "model.safetensors")
+            model.train()
+            average.swap()
+            log.score(done, score, best)
+            save_resume(out / "resume.pt", step=done, best=best, data=train_data.key,
+                        trained=[p.detach() for p in trained], average=average.mean,
+                        optimiser=optimiser.state_dict())  # fmt: skip
+        if caught:
+            return 128 + caught[0]
+    say(f"done: {out / 'model.safetensors'}, validation Dice {best:.4f}")
+
+
+if __name__ == "__main__":
+    run(lambda: main(ARGS))
