@@ -78,7 +78,7 @@ def whole_file(path):
 
 
 class Progress:
-    """done / total, rate and time left: one moving line on a terminal, a line now and then in a log.
+    """done / total, rate, time left: one moving line on a terminal, a line now and then in a log.
 
     What is over before the first line is due prints nothing.
     """

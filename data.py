@@ -104,9 +104,9 @@ def class_ids(values, rule, k, path):
 
 
 def load_case(case, found):
-    """-> image uint8 (H, W, 3), mask uint8 (H, W); a volume: (Z, H, W, 3), (Z, H, W). Raises Refusal.
+    """-> image uint8 (H, W, 3), mask uint8 (H, W); a volume: (Z, H, W, 3), (Z, H, W).
 
-    At the file's own size; intensities of volumes through the data set's window.
+    At the file's own size; a volume's intensities through the window. Raises Refusal.
     """
     if case.seed is not None:
         return draw_demo(case.seed, 256)
@@ -329,7 +329,7 @@ def read_json(path):
 
 
 def own_split(folder, cases):
-    """split.json {"train": [stems], "val": [..], "test": [..]} -> parts, or None if there is none."""
+    """split.json {"train": [stems], "val": [..], "test": [..]} -> parts; None if there is none."""
     path = folder / "split.json"
     listed = read_json(path)
     if listed is None:
@@ -462,7 +462,7 @@ def turn(image, mask, draw):
 
 
 def warp(image, mask, draw):
-    """One affine map for image and mask, then colour for the image alone. draw (B, 16) in [0, 1)."""
+    """One affine map for image and mask, then colour for the image. draw (B, 16) in [0, 1)."""
     signed = 2 * draw - 1  # (B, 16) in [-1, 1)
     angle, scale = 0.5 * signed[:, 2], 1.35 ** signed[:, 3]
     matrix = torch.zeros(len(draw), 2, 3)
@@ -564,8 +564,8 @@ def describe(found, part):
     shares = ", ".join(f"{c} {100 * p:.2f} %" for c, p in zip(found.classes, pixels / pixels.sum()))
     low, high = min(sizes), max(sizes)
     span = " x ".join(map(str, low)) + ("" if low == high else " to " + " x ".join(map(str, high)))
-    print(f"{part:5}  {len(cases)} cases, {span}; {shares}; {len(empty)} empty masks"
-          + (f": {', '.join(empty[:5])}{' ..' if len(empty) > 5 else ''}" if empty else ""))  # fmt: skip
+    which = f": {', '.join(empty[:5])}{' ..' if len(empty) > 5 else ''}" if empty else ""
+    print(f"{part:5}  {len(cases)} cases, {span}; {shares}; {len(empty)} empty masks{which}")
     return sheet
 
 

@@ -157,7 +157,7 @@ class SDSeg(nn.Module):
 
     def condition(self, image):
         """image (B, 3, H, W) in [-1, 1] -> z_c (B, 4, h, w)."""
-        return self.config.image_scale * self.tau(image)
+        return self.config.image_scale * self.tau(image).float()
 
     def denoise(self, z_t, t, z_c):
         """One call of the U-Net -> its output (B, 4, h, w)."""

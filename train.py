@@ -277,8 +277,8 @@ class Log:
         left = (time.monotonic() - self.began) / (step - self.start) * (self.steps - step)
         text = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
         skips = f"  {skipped} steps skipped: not finite" if skipped else ""
-        print(f"step {step}  {text}  lr {lr:.1e}  {rate:.1f} images/s  {duration(left)} left{skips}",
-              flush=True)  # fmt: skip
+        speed = f"lr {lr:.1e}  {rate:.1f} images/s  {duration(left)} left"
+        print(f"step {step}  {text}  {speed}{skips}", flush=True)
 
     def score(self, step, score, best):
         self.write(step=step, val_dice=score)
@@ -391,7 +391,7 @@ def main(args):
     say(f"{found.name}: {len(train_data)} training, {len(val_data)} validation items of {size} px, "
         f"{len(found.classes)} classes; mask latents have std {1 / scale:.3f}")  # fmt: skip
     say(f"{count:.1f} M parameters train on {device}, {'bf16' if bf16 else 'fp32'}, "
-        f"{world} process{'es' * (world > 1)}; {args.steps} steps of {args.batch_size}")  # fmt: skip
+        f"processes: {world}; {args.steps} steps of {args.batch_size}")  # fmt: skip
 
     # 3. Optimiser, average, and where a resumed run left off
     optimiser = torch.optim.AdamW(trained, lr=args.lr, fused=device.type != "mps")

@@ -133,8 +133,8 @@ def main(args):
         if done % args.log_every == 0 or done == args.steps:
             left = (time.monotonic() - began) / done * (args.steps - done)
             score, std = round_trip(judge, val_data, device)
-            print(f"step {done}  l1 {l1.item():.4f}  kl {kl.item():.2f}  round trip of masks: Dice "
-                  f"{score:.4f}, latent std {std:.2f}  {duration(left)} left", flush=True)  # fmt: skip
+            print(f"step {done}  l1 {l1.item():.4f}  kl {kl.item():.2f}  masks' round trip: Dice "
+                  f"{score:.4f}, std {std:.2f}  {duration(left)} left", flush=True)  # fmt: skip
     names = {f"vae.{k}": v for k, v in vae.state_dict().items()}
     write_weights(args.out, names, config)
     write_image(Path(args.out).with_suffix(".png"), pairs(vae, x))

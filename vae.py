@@ -172,12 +172,13 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x):
         """x (B, 3, H, W) in [-1, 1] -> mean, logvar of the posterior, (B, 4, H/8, W/8) each."""
+        x = x.to(self.quant_conv.weight.dtype)
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)  # the clamp of the original, so that exp() stays finite
 
     def decode(self, z):
         """z (B, 4, h, w), unscaled -> (B, 3, 8h, 8w), near [-1, 1] but not clamped."""
-        return self.decoder(self.post_quant_conv(z))
+        return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
 
 class VisionEncoder(nn.Module):
@@ -190,7 +191,7 @@ class VisionEncoder(nn.Module):
 
     def forward(self, x):
         """x (B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8), unscaled like the autoencoder's mean."""
-        return self.out(self.encoder(x))
+        return self.out(self.encoder(x.to(self.out.weight.dtype)))
 
     @torch.no_grad()
     def start_as(self, vae):
