@@ -50,6 +50,7 @@ from files import (
     resize_mask,
     slices_of,
     stem,
+    window_of,
     window_to_uint8,
     write_image,
 )
@@ -77,7 +78,7 @@ class Found:
     parts: dict  # "train", "val", "test" -> tuple of Case
     classes: tuple = ("background", "foreground")  # a class's id is its place
     rule: str = "binary"  # how mask values become class ids; see `class_ids`
-    window: tuple | None = None  # (low, high) intensities of volumes
+    window: tuple | None = None  # (low, high) intensities of volumes; None: each volume's own
     volumes: bool = False
 
 
@@ -112,7 +113,7 @@ def load_case(case, found):
         return draw_demo(case.seed, 256)
     if found.volumes:
         volume, ids = read_volume(case.image)[0], read_volume(case.mask)[0]
-        image = slices_of(window_to_uint8(volume, found.window))
+        image = slices_of(window_to_uint8(volume, window_of(volume, found.window)))
         image = np.broadcast_to(image[..., None], (*image.shape, 3))
         values = slices_of(ids)
     else:
@@ -313,8 +314,7 @@ def find_own(folder):
     parts = own_split(folder, cases) or tenths(cases, folder)
     name = folder.resolve().name
     rule, classes = own_classes(folder, parts["train"], volumes)
-    window = own_window(parts["train"]) if volumes else None
-    return Found(name, parts, classes, rule, window, volumes)
+    return Found(name, parts, classes, rule, None, volumes)
 
 
 def read_json(path):
@@ -372,16 +372,6 @@ def own_classes(folder, cases, volumes):
     seen = ", ".join(f"{v:g}" for v in sorted(values)[:16])
     raise Refusal(f"{cases[0].mask.parent}: masks have the values {seen}; wanted 0 and 255, or ids "
                   f"0 to {MAX_CLASSES - 1}")  # fmt: skip
-
-
-def own_window(cases):
-    """The 0.5 and 99.5 percentiles of the intensities of up to 50 training volumes."""
-    samples = []
-    for case in shuffled(cases)[:50]:
-        values = read_volume(case.image)[0].ravel()
-        samples.append(values[:: max(1, len(values) // 20_000)])
-    low, high = np.percentile(np.concatenate(samples), [0.5, 99.5])
-    return float(low), float(max(high, low + 1e-3))
 
 
 FINDERS = {

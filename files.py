@@ -45,7 +45,9 @@ def open_image(path):
                 print(f"{path}: {image.n_frames} frames; the first is used", file=sys.stderr)
                 image.seek(0)
             image.load()
-            return ImageOps.exif_transpose(image)
+            upright = ImageOps.exif_transpose(image)
+            upright.format = image.format
+            return upright
     except (Refusal, FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise Refusal(one_line(error) if isinstance(error, Refusal) else
                       f"{path}: {error.strerror}") from None  # fmt: skip
@@ -120,7 +122,7 @@ def nifti_bytes(path):
         size = int(header.get_data_offset()) + int(np.prod([int(n) for n in shape])) * itemsize
         if not shape or min(shape) < 1 or not 0 < size <= MAX_BYTES:
             raise Refusal(f"{path}: a volume of {shape} voxels; at most 8 GB are read")
-        content = start + file.read(size - len(start))
+        content = start + file.read(max(size - len(start), 0))
     if len(content) < size:
         raise Refusal(f"{path}: truncated, {len(content)} of {size} bytes; copy it again")
     return kind, content
@@ -170,7 +172,7 @@ def write_volume(path, values, geometry):
     import nibabel as nib
 
     ras = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
-    back = nib.apply_orientation(values, nib.ornt_transform(ras, geometry.turns))
+    back = nib.apply_orientation(values, nib.orientations.ornt_transform(ras, geometry.turns))
     kind = nib.Nifti2Image if isinstance(geometry.header, nib.Nifti2Header) else nib.Nifti1Image
     header = geometry.header.copy()
     header.set_data_dtype(values.dtype)
@@ -189,6 +191,15 @@ def slices_of(volume):
 def volume_of(slices):
     """The inverse of `slices_of`."""
     return slices[:, ::-1].transpose(2, 1, 0)
+
+
+def window_of(volume, window=None):
+    """The intensities (low, high) that become black and white: the data set's window, or where it
+    has none, as in magnetic resonance, the volume's own 0.5 and 99.5 percentiles."""
+    if window is None:
+        sample = volume.ravel()[:: max(1, volume.size // 1_000_000)]
+        window = tuple(float(p) for p in np.percentile(sample, [0.5, 99.5]))
+    return window
 
 
 def window_to_uint8(values, window):

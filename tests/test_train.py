@@ -119,6 +119,25 @@ def test_resume_is_exact(place, monkeypatch):
     assert steps == sorted(steps, key=int) and steps[-1] == "6"
 
 
+def test_a_killed_run_goes_on_from_its_last_save(place, monkeypatch):
+    """Death between saves loses the steps since the last one, and the end is the same bits."""
+    run(place, "whole")
+    update = train.Average.update
+
+    def die_at_5(self, step):
+        update(self, step)
+        if step == 5:
+            raise MemoryError("as if killed")
+
+    monkeypatch.setattr(train.Average, "update", die_at_5)
+    with pytest.raises(MemoryError):
+        run(place, "parts")
+    monkeypatch.setattr(train.Average, "update", update)
+    assert state(place / "parts")["step"] == 3
+    train.main(train.parse(["--resume", str(place / "parts"), "--device", "cpu"]))
+    assert same(state(place / "whole"), state(place / "parts"))
+
+
 def test_a_non_finite_step_is_skipped(place, monkeypatch):
     """A NaN loss changes nothing; only NaN losses stop the run in one line."""
     bad = {1}
