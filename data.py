@@ -85,6 +85,10 @@ class Found:
 # ---- reading one case ----
 
 
+def is_jpeg(path):
+    return str(path).lower().endswith((".jpg", ".jpeg"))
+
+
 def class_ids(values, rule, k, path):
     """Mask values -> uint8 class ids. Raises Refusal for values that are none.
 
@@ -96,7 +100,8 @@ def class_ids(values, rule, k, path):
         return (values > 0).astype(np.uint8)
     if rule == "cup":
         return (values < 64).astype(np.uint8)
-    if rule == "binary" and top > 1:
+    # Small values are class ids that the data set does not have, but for what JPEG leaves of 0.
+    if rule == "binary" and (top >= MAX_CLASSES or top > 1 and is_jpeg(path)):
         return (values > 127).astype(np.uint8)
     if top >= k or values.min() < 0 or (values % 1).any():
         seen = ", ".join(f"{v:g}" for v in np.unique(values)[:20])
@@ -112,7 +117,10 @@ def load_case(case, found):
     if case.seed is not None:
         return draw_demo(case.seed, 256)
     if found.volumes:
-        volume, ids = read_volume(case.image)[0], read_volume(case.mask)[0]
+        (volume, there), (ids, here) = read_volume(case.image), read_volume(case.mask)
+        if not same_place(there, here):
+            raise Refusal(f"{case.mask}: lies elsewhere in space than {case.image.name}, and is "
+                          "turned differently; save both with the same affine")  # fmt: skip
         image = slices_of(window_to_uint8(volume, window_of(volume, found.window)))
         image = np.broadcast_to(image[..., None], (*image.shape, 3))
         values = slices_of(ids)
@@ -125,6 +133,19 @@ def load_case(case, found):
         )
     ids = class_ids(values, found.rule, len(found.classes), case.mask)
     return crop_to_disc(image, values, ids) if found.rule == "cup" else (image, ids)
+
+
+def same_place(a, b):
+    """Whether two volumes' voxels can be compared: stored alike, or turned to the same place.
+
+    A mask saved without its image's affine would otherwise be mirrored without a word.
+    """
+    if np.array_equal(a.turns, b.turns):
+        return True
+    from nibabel.orientations import inv_ornt_aff
+
+    corners = [g.affine @ inv_ornt_aff(g.turns, (*g.shape, 1)[:3]) @ (0, 0, 0, 1) for g in (a, b)]
+    return np.abs(corners[0] - corners[1]).max() <= max(a.spacing)
 
 
 def crop_to_disc(image, values, ids):
@@ -149,7 +170,7 @@ def crop_to_disc(image, values, ids):
 
 def natural(name):
     """Sort key: img2 before img10."""
-    return [(0, int(p)) if p.isdigit() else (1, p) for p in re.split(r"(\d+)", name)]
+    return [(0, int(p)) if i % 2 else (1, p) for i, p in enumerate(re.split(r"(\d+)", name))]
 
 
 def listing(folder, endings):
@@ -164,20 +185,19 @@ def listing(folder, endings):
     return paths
 
 
-def pairs(images, masks, rename=lambda name: name):
-    """The cases of two folders, by stem, in natural order. Raises Refusal naming lone files."""
+def pairs(images, masks, mask_name=str):
+    """The cases of two folders, by stem, in natural order. Raises Refusal naming a lone file."""
     endings = (*IMAGE_ENDINGS, *VOLUME_ENDINGS)
-    left, right = listing(images, endings), listing(masks, endings)
-    for have, other, lack in ((left, right, masks), (right, left, images)):
-        names = {rename(n) for n in have} if have is left else set(have)
-        others = set(other) if have is left else {rename(n) for n in other}
-        lone = sorted(names - others, key=natural)
+    left = {mask_name(name): path for name, path in listing(images, endings).items()}
+    right = listing(masks, endings)
+    for lone, folder in ((left.keys() - right, masks), (right.keys() - left, images)):
         if lone:
             more = f" and {len(lone) - 1} more" if len(lone) > 1 else ""
-            raise Refusal(f"{lack}: no file for {lone[0]}{more}; every image needs its mask")
+            name = min(lone, key=natural)
+            raise Refusal(f"{folder}: no file for {name}{more}; every image needs its mask")
     if not left:
         raise Refusal(f"{images}: holds no pictures ({', '.join(endings)})")
-    return [Case(n, left[n], right[rename(n)]) for n in sorted(left, key=natural)]
+    return [Case(stem(left[n]), left[n], right[n]) for n in sorted(left, key=natural)]
 
 
 def first_folder(root, layouts, name):
@@ -185,8 +205,9 @@ def first_folder(root, layouts, name):
     for images, masks in layouts:
         if (root / images).is_dir() and (root / masks).is_dir():
             return root / images, root / masks
-    wanted = " or ".join(f"{a} + {b}" for a, b in layouts[:3])
-    raise Refusal(f"{root}: no {name} in it; expected {wanted} (--root says where to look)")
+    wanted = " or ".join(f"{a} + {b}" for a, b in layouts)
+    where = "" if name == "data set" else " (--root says where to look)"
+    raise Refusal(f"{root}: no {name} in it; expected {wanted}{where}")
 
 
 def shuffled(cases):
@@ -203,12 +224,12 @@ def cut(cases, val, test):
     return {part: tuple(sorted(c, key=lambda case: natural(case.name))) for part, c in ends.items()}
 
 
-def tenths(cases, where):
-    """80 / 10 / 10, each part at least one. Raises Refusal under three cases."""
+def three_parts(cases, share, where):
+    """Training, and `share` each for validation and test, at least one. Refuses under 3 cases."""
     if len(cases) < 3:
         raise Refusal(f"{where}: {len(cases)} cases; training, validation and test need 3 or more")
-    tenth = max(1, round(len(cases) / 10))
-    return cut(shuffled(cases), tenth, tenth)
+    n = max(1, round(len(cases) * share))
+    return cut(shuffled(cases), n, n)
 
 
 # ---- the data sets of the paper ----
@@ -228,8 +249,7 @@ def find_cvc(root, split):
     layouts = [tuple(f"CVC-ClinicDB/{f}" for f in pair) for pair in folders]
     cases = pairs(*first_folder(root, layouts, "CVC-ClinicDB"))
     if split == "random":
-        n = round(len(cases) * 62 / 612)
-        return Found("cvc", cut(shuffled(cases), n, n), ("background", "polyp"))
+        return Found("cvc", three_parts(cases, 62 / 612, root), ("background", "polyp"))
     return Found("cvc", by_sequence(cases), ("background", "polyp"))
 
 
@@ -245,14 +265,16 @@ def by_sequence(cases):
     for video in shuffled(videos.values()):
         room = (p for p in ("test", "val") if len(parts[p]) + len(video) <= limit)
         parts[next(room, "train")] += video
+    if not all(parts.values()):
+        raise Refusal(f"{cases[0].image.parent}: {len(videos)} videos cannot fill three parts; "
+                      "use --split random")  # fmt: skip
     return {part: tuple(parts[part]) for part in PARTS}
 
 
 def find_kvasir(root, split):
     layouts = [("Kvasir-SEG/images", "Kvasir-SEG/masks"), ("kvasir-seg/images", "kvasir-seg/masks")]
     cases = pairs(*first_folder(root, layouts, "Kvasir-SEG"))
-    n = round(len(cases) / 10)
-    return Found("kvasir", cut(shuffled(cases), n, n), ("background", "polyp"))
+    return Found("kvasir", three_parts(cases, 0.1, root), ("background", "polyp"))
 
 
 def find_refuge2(root, split):
@@ -311,7 +333,7 @@ def find_own(folder):
     odd = next((c for c in cases if is_volume(c.image) != volumes), None)
     if odd:
         raise Refusal(f"{odd.image}: pictures and volumes in one data set; keep them apart")
-    parts = own_split(folder, cases) or tenths(cases, folder)
+    parts = own_split(folder, cases) or three_parts(cases, 0.1, folder)
     name = folder.resolve().name
     rule, classes = own_classes(folder, parts["train"], volumes)
     return Found(name, parts, classes, rule, None, volumes)
@@ -321,7 +343,7 @@ def read_json(path):
     try:
         if path.stat().st_size > 10_000_000:
             raise Refusal(f"{path}: larger than 10 MB; it should be a short list of names")
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors add a mark
     except FileNotFoundError:
         return None
     except (ValueError, RecursionError):
@@ -331,9 +353,9 @@ def read_json(path):
 def own_split(folder, cases):
     """split.json {"train": [stems], "val": [..], "test": [..]} -> parts; None if there is none."""
     path = folder / "split.json"
-    listed = read_json(path)
-    if listed is None:
+    if not path.exists():
         return None
+    listed = read_json(path)
     named, used, parts = {c.name: c for c in cases}, set(), {}
     for part in PARTS:
         names = listed.get(part) if isinstance(listed, dict) else None
@@ -355,8 +377,9 @@ def own_classes(folder, cases, volumes):
     names = read_json(path)
     if names is not None:
         good = isinstance(names, list) and all(isinstance(n, str) and n for n in names)
-        if not good or not 2 <= len(names) <= MAX_CLASSES:
-            raise Refusal(f"{path}: needs a list of 2 to {MAX_CLASSES} names, the background first")
+        if not good or not 2 <= len(names) == len(set(names)) <= MAX_CLASSES:
+            raise Refusal(f"{path}: needs a list of 2 to {MAX_CLASSES} names, all different, the "
+                          "background first")  # fmt: skip
         return ("binary" if len(names) == 2 else "ids"), tuple(names)
     values = set()
     for case in cases:
@@ -364,7 +387,7 @@ def own_classes(folder, cases, volumes):
         values |= set(np.unique(mask).tolist())
         if len(values) > MAX_CLASSES:
             break
-    jpeg = not volumes and all(c.mask.suffix.lower() in (".jpg", ".jpeg") for c in cases)
+    jpeg = all(is_jpeg(c.mask) for c in cases)
     if jpeg or values <= {0, 1} or values <= {0, 255}:
         return "binary", ("background", "foreground")
     if max(values) < MAX_CLASSES and all(v == int(v) >= 0 for v in values):
@@ -400,6 +423,8 @@ def find(data, root="data", split="random"):
         return sets[0]
     if len({(s.classes, s.rule, s.volumes) for s in sets}) > 1:
         raise Refusal(f"--data {data}: these have different classes and cannot be joined")
+    if len({s.name for s in sets}) < len(sets):
+        raise Refusal(f"--data {data}: a data set is named twice")
     parts = {
         p: tuple(replace(c, name=f"{s.name}/{c.name}") for s in sets for c in s.parts[p])
         for p in PARTS
@@ -487,7 +512,7 @@ def cached(found, part, size, key):
         names = json.loads(files[2].read_text())
         if len(images) == len(masks) == len(names):
             return images, masks, names
-    except (OSError, ValueError, EOFError):
+    except (OSError, ValueError, EOFError, TypeError):
         pass  # not there yet, or damaged
     images, masks, names = decode(found, part, size)
     try:
@@ -535,12 +560,17 @@ def duplicates(found):
 
 
 def describe(found, part):
-    """Print a part's sizes, class shares and empty masks; -> a few pictures for the sheet."""
-    pixels, sizes, empty, sheet = np.zeros(len(found.classes)), set(), [], []
+    """Print a part's sizes, class shares, empty and bad cases; -> pictures, number of bad ones."""
+    pixels, sizes, empty, sheet, bad = np.zeros(len(found.classes)), set(), [], [], []
     cases = found.parts[part]
     progress = Progress(len(cases), f"{part} cases checked")
     for n, case in enumerate(cases):
-        image, mask = load_case(case, found)
+        progress.step()
+        try:
+            image, mask = load_case(case, found)
+        except Refusal as error:
+            bad.append(error)
+            continue
         pixels += np.bincount(mask.ravel(), minlength=len(pixels))
         sizes.add(mask.shape[::-1])
         if not mask.any():
@@ -550,13 +580,16 @@ def describe(found, part):
             z = middle[len(middle) // 2] if len(middle) else len(mask) // 2
             image, mask = (image[z], mask[z]) if found.volumes else (image, mask)
             sheet.append((resize_image(image, 112), resize_mask(mask, 112)))
-        progress.step()
+    for error in bad:
+        print(error)
+    if not sizes:
+        raise Refusal(f"{found.name}: none of the {len(cases)} {part} cases can be read")
     shares = ", ".join(f"{c} {100 * p:.2f} %" for c, p in zip(found.classes, pixels / pixels.sum()))
     low, high = min(sizes), max(sizes)
     span = " x ".join(map(str, low)) + ("" if low == high else " to " + " x ".join(map(str, high)))
     which = f": {', '.join(empty[:5])}{' ..' if len(empty) > 5 else ''}" if empty else ""
     print(f"{part:5}  {len(cases)} cases, {span}; {shares}; {len(empty)} empty masks{which}")
-    return sheet
+    return sheet, len(bad)
 
 
 def contact_sheet(rows, k):
@@ -579,17 +612,18 @@ def main(args):
         f", intensity window {found.window[0]:g} to {found.window[1]:g}" if found.window else ""
     )
     print(f"{found.name}: {len(found.classes)} classes ({', '.join(found.classes)}){window}")
-    rows = [describe(found, part) for part in PARTS]
+    rows, bad = zip(*(describe(found, part) for part in PARTS))
     if found.volumes:
         first = read_volume(found.parts["train"][0].image)[1]
         print(f"spacing of {found.parts['train'][0].name}: {first.spacing} mm")
+    print(f"{sum(bad)} cases cannot be used")
     same = duplicates(found)
     for a, b in same[:10]:
         print(f"same image bytes: {a} and {b}")
     print(f"{len(same)} images stand in two parts")
     write_image(args.out, contact_sheet(rows, len(found.classes)))
     print(f"contact sheet: {args.out}")
-    return 1 if same else 0
+    return 1 if same or any(bad) else 0
 
 
 if __name__ == "__main__":

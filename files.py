@@ -6,6 +6,8 @@ before memory is taken, and whatever a decoder raises becomes a Refusal that nam
 """
 
 import gzip
+import logging
+import math
 import sys
 import zlib
 from pathlib import Path
@@ -20,6 +22,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".web
 VOLUME_ENDINGS = (".nii.gz", ".nii")
 MAX_PIXELS = 100_000_000  # of a picture: 10,000 x 10,000
 MAX_BYTES = 8 << 30  # of a volume, decompressed
+logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # a refusal is one line, ours
 Image.MAX_IMAGE_PIXELS = None  # the limit above is checked first, and says what to do
 
 
@@ -84,8 +87,9 @@ def read_mask(path):
         if image.format != "JPEG" and (values != values[..., :1]).any():
             raise Refusal(f"{path}: a mask in colours; store class ids as grey values 0, 1, 2, ..")
         values = values[..., 0]
-    if values.min() < 0 or values.max() > 255:
-        raise Refusal(f"{path}: mask values up to {values.max()}; class ids go up to 255")
+    if not (values.min() >= 0 and values.max() <= 255) or (values % 1).any():
+        raise Refusal(f"{path}: mask values {values.min()} to {values.max()}; class ids are whole "
+                      "numbers from 0 to 255")  # fmt: skip
     return values.astype(np.uint8)
 
 
@@ -119,7 +123,7 @@ def nifti_bytes(path):
         kind = Nifti2Header if second else Nifti1Header
         header = kind(start[: kind.template_dtype.itemsize], check=True)
         shape, itemsize = header.get_data_shape(), header.get_data_dtype().itemsize
-        size = int(header.get_data_offset()) + int(np.prod([int(n) for n in shape])) * itemsize
+        size = int(header.get_data_offset()) + math.prod(map(int, shape)) * itemsize
         if not shape or min(shape) < 1 or not 0 < size <= MAX_BYTES:
             raise Refusal(f"{path}: a volume of {shape} voxels; at most 8 GB are read")
         content = start + file.read(max(size - len(start), 0))
@@ -146,6 +150,8 @@ def read_volume(path):
         shape = image.shape
         if len(shape) < 2 or any(n > 1 for n in shape[3:]):
             raise Refusal(f"{path}: {len(shape)}-D, {shape}; save the one volume that you want")
+        if not np.isfinite(image.affine).all():
+            raise Refusal(f"{path}: its affine holds NaN or infinity; repair the header")
         values = np.asarray(image.dataobj, dtype=np.float32).reshape((shape + (1,))[:3])
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise Refusal(f"{path}: {error.strerror}") from None

@@ -171,11 +171,6 @@ def sample_strip(model, data, device, n=6):
     return ((rows + 1) * 127.5).byte().permute(0, 2, 3, 1).flatten(0, 1).cpu().numpy()
 
 
-def save_resume(path, **state):
-    with whole_file(path) as temporary:
-        torch.save(state, temporary)
-
-
 def read_resume(path):
     """Tensors and plain values only, whatever the file holds. Raises Refusal."""
     try:
@@ -227,6 +222,7 @@ class Watch:
     def __init__(self, optimiser, device):
         self.optimiser = optimiser
         self.sums = torch.zeros(7, device=device)  # 4 losses, late sum and count, skipped steps
+        self.one_skipped = torch.tensor([0.0] * 6 + [1.0], device=device)
         self.steps = 0
 
     @torch.no_grad()
@@ -235,7 +231,7 @@ class Watch:
         self.optimiser.found_inf = bad.float()
         self.optimiser.grad_scale = torch.ones_like(norm)
         values = torch.cat([torch.stack(loss[:4]), loss.late, bad.float()[None]])
-        self.sums += torch.where(bad, torch.tensor([0.0] * 6 + [1], device=bad.device), values)
+        self.sums += torch.where(bad, self.one_skipped, values)
         self.steps += 1
 
     def read(self):
@@ -346,10 +342,8 @@ def make_model(args, found):
 
 
 def check_room(out, parameters):
-    """Raise Refusal now rather than lose a run later: can the folder hold what will be saved?"""
+    """Raise Refusal now rather than lose a run later: can the disk hold what will be saved?"""
     out.mkdir(parents=True, exist_ok=True)
-    with whole_file(out / "config.json") as path:
-        path.write_text("{}")
     need = 4 * 6 * sum(p.numel() for p in parameters)  # weights, average, 2 moments; old and new
     free = shutil.disk_usage(out).free
     if free < need:
@@ -367,7 +361,7 @@ def main(args):
     device = find_device(args.device or (f"cuda:{local}" if torch.cuda.is_available() else None))
     bf16 = args.precision == "bf16" or (args.precision == "auto" and has_fast_bf16(device))
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
-    say = print if rank == 0 else lambda *a, **k: None
+    say = partial(print, flush=True) if rank == 0 else lambda text: None
 
     # 2. Data and model
     found = find(args.data, args.root, args.split)
@@ -444,13 +438,25 @@ def main(args):
             model.train()
             average.swap()
             log.score(done, score, best)
-            save_resume(out / "resume.pt", step=done, best=best, data=train_data.key,
-                        trained=[p.detach() for p in trained], average=average.mean,
-                        optimiser=optimiser.state_dict())  # fmt: skip
+            state = {"step": done, "best": best, "data": train_data.key, "average": average.mean}
+            state |= {"trained": [p.detach() for p in trained], "optimiser": optimiser.state_dict()}
+            with whole_file(out / "resume.pt") as path:
+                torch.save(state, path)
         if caught:
             return 128 + caught[0]
     say(f"done: {out / 'model.safetensors'}, validation Dice {best:.4f}")
 
 
+def main_within_memory(args):
+    """`main`, with what a user can do about a full memory instead of a traceback."""
+    try:
+        return main(args)
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        half = max(1, args.batch_size // 2)
+        raise Refusal(f"out of memory; try --batch-size {half}, or a smaller --size") from None
+
+
 if __name__ == "__main__":
-    run(lambda: main(ARGS))
+    run(lambda: main_within_memory(ARGS))

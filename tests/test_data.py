@@ -485,6 +485,114 @@ def test_checking_a_data_set(tmp_path, capsys):
     assert capsys.readouterr().out.split() == [c.name for c in found.parts["test"]]
 
 
+@pytest.mark.parametrize("name, ending", [("cvc", "png"), ("kvasir", "jpg")])
+def test_a_few_pictures_still_fill_every_part(name, ending, tmp_path):
+    """Four pictures of a published data set: none of the three parts is empty."""
+    folder(tmp_path / {"cvc": "CVC-ClinicDB", "kvasir": "Kvasir-SEG"}[name], 4)
+    assert [len(find(name, tmp_path).parts[p]) for p in PARTS] == [2, 1, 1]
+
+
+def test_videos_that_cannot_fill_three_parts_are_refused(tmp_path):
+    """Two videos leave a part empty, which would only be found after training."""
+    for i in range(1, 31):
+        for f in ("images", "masks"):
+            save(tmp_path / f"CVC-ClinicDB/{f}/{i}.png", grey([0, 255]))
+    with pytest.raises(Refusal, match="2 videos cannot fill three parts"):
+        find("cvc", tmp_path, "sequence")
+    with pytest.raises(Refusal, match="named twice"):
+        find("cvc+cvc", tmp_path)
+
+
+def test_names_that_only_look_like_numbers_are_sorted():
+    """A superscript two counts as a digit for str.isdigit and not for int."""
+    assert sorted(["²", "b10", "b9", "1"], key=data.natural) == ["1", "b9", "b10", "²"]
+
+
+def test_an_id_outside_the_classes_is_refused_not_emptied(tmp_path):
+    """Ids 0 1 2 in a two-class set are no black and white picture; what JPEG leaves of 0 is."""
+    root = folder(tmp_path / "own")
+    found = find(str(root))
+    case = found.parts["test"][0]
+    save(case.mask, grey([0, 1, 2]))
+    with pytest.raises(Refusal, match="mask values 0, 1, 2"):
+        load_case(case, found)
+    assert not data.class_ids(np.array([0, 3]), "binary", 2, "mask.jpg").any()
+
+
+def test_json_files_as_editors_write_them(tmp_path):
+    """A byte order mark is read over; null is no split, and two equal names no classes."""
+    root = folder(tmp_path / "own")
+    (root / "classes.json").write_bytes('["a", "ü"]'.encode("utf-8-sig"))
+    assert find(str(root)).classes == ("a", "ü")
+    (root / "split.json").write_text("null")
+    with pytest.raises(Refusal, match="none empty"):
+        find(str(root))
+    (root / "split.json").unlink()
+    (root / "classes.json").write_text('["a", "a"]')
+    with pytest.raises(Refusal, match="all different"):
+        find(str(root))
+
+
+def test_a_damaged_cache_is_made_anew(tmp_path):
+    """Each of the three files, cut short or overwritten: the items are those of the originals."""
+    found = find(str(folder(tmp_path / "own")))
+    first = np.array(SegmentationData(found, "train", 16).images)
+    for file in sorted((tmp_path / "cache").iterdir()):
+        for content in (b"", b"5", file.read_bytes()[:-1]):
+            file.unlink()
+            file.write_bytes(content)
+            assert np.array_equal(SegmentationData(found, "train", 16).images, first)
+
+
+def test_a_mask_that_lies_elsewhere_is_refused(tmp_path):
+    """Turned and in the same place: compared in space. Without the image's affine: refused."""
+    affine = np.array([[-1, 0.1, 0, 3], [0.1, 2, 0, 4], [0, 0, 3, 5], [0, 0, 0, 1]])
+    voxels = nib.Nifti1Image(np.arange(60, dtype=np.uint8).reshape(3, 4, 5) % 2, affine)
+    turned = voxels.as_reoriented(nib.orientations.axcodes2ornt("PIR"))
+    lost = nib.Nifti1Image(np.asarray(voxels.dataobj), np.eye(4))
+    for name, mask in (("turned", turned), ("lost", lost)):
+        for i in range(3):
+            for f, image in (("images", voxels), ("masks", mask)):
+                (tmp_path / name / f).mkdir(parents=True, exist_ok=True)
+                nib.save(image, tmp_path / name / f / f"{i}.nii.gz")
+    found = find(str(tmp_path / "turned"))
+    image, ids = load_case(found.parts["test"][0], found)
+    assert np.array_equal(image[..., 0] > 127, ids > 0)
+    found = find(str(tmp_path / "lost"))
+    with pytest.raises(Refusal, match="lies elsewhere in space"):
+        load_case(found.parts["test"][0], found)
+
+
+def test_the_check_names_every_bad_file(tmp_path, capsys):
+    """Two damaged pictures are both named, the others counted, and the status says so."""
+    root = folder(tmp_path / "own", n=12)
+    for case in find(str(root)).parts["train"][:2]:
+        case.image.write_bytes(b"x")
+    sheet = str(tmp_path / "sheet.png")
+    assert data.main(data.parse(["--data", str(root), "--out", sheet])) == 1
+    printed = capsys.readouterr().out
+    assert printed.count("not a readable picture") == 2 and "2 cases cannot be used" in printed
+
+
+def test_a_header_of_nonsense_is_one_line(tmp_path, capfd):
+    """NaN in the affine is a Refusal; nibabel's own complaints do not reach the terminal."""
+    content = bytearray(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), np.eye(4)).to_bytes())
+    for where, kind, value in ((280, "<f", float("nan")), (70, "<h", 999)):
+        broken = bytearray(content)
+        struct.pack_into(kind, broken, where, value)
+        (tmp_path / "v.nii").write_bytes(broken)
+        with pytest.raises(Refusal, match="v.nii"):
+            read_volume(tmp_path / "v.nii")
+    assert capfd.readouterr().err == ""
+
+
+def test_a_mask_of_fractions_is_refused(tmp_path):
+    """Scores are no class ids: 0.7 does not silently become 0."""
+    save(tmp_path / "m.tif", np.array([[0, 0.7], [0.2, 1]], np.float32))
+    with pytest.raises(Refusal, match="whole numbers"):
+        read_mask(tmp_path / "m.tif")
+
+
 def test_real_data_has_the_papers_counts(real_data):
     """The real CVC-ClinicDB and Kvasir-SEG: counts, alignment, and masks that are masks."""
     for name, counts in (("cvc", [488, 62, 62]), ("kvasir", [800, 100, 100])):
