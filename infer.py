@@ -41,6 +41,7 @@ import os
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,7 @@ from sdseg import SDSeg, find_device
 
 READ = (*files.IMAGE_ENDINGS, *files.VOLUME_ENDINGS)
 WRITTEN = ("_mask.png", "_overlay.png", "_std.png", "_mask.nii.gz", "_std.nii.gz")
-# Hues a golden section apart: however many classes, no two look alike. The background has none.
+# Each hue lies a golden section from the one before: well spread, however many there are.
 HUES = [colorsys.hsv_to_rgb((0.33 + 0.618 * i) % 1, 1, 1) for i in range(13)]
 PALETTE = (255 * np.array([(0, 0, 0), *HUES])).astype(np.uint8)
 
@@ -72,10 +73,13 @@ def predict(model, images, steps, samples, seed):
     image = torch.from_numpy(batch).to(model.colours.device).permute(0, 3, 1, 2) / 127.5 - 1
     generator = torch.Generator().manual_seed(seed % 2**63)
     mean = spread = 0
-    for n, scores in enumerate(model.sample(image, steps, samples, generator), 1):
-        change = scores - mean  # Welford's update: one sample in memory at a time
-        mean = mean + change / n
-        spread = spread + change * (scores - mean)
+    try:
+        for n, scores in enumerate(model.sample(image, steps, samples, generator), 1):
+            change = scores - mean  # Welford's update: one sample in memory at a time
+            mean = mean + change / n
+            spread = spread + change * (scores - mean)
+    except torch.OutOfMemoryError:
+        raise Refusal(f"out of memory with {len(batch)} pictures; lower --batch-size") from None
     if not mean.isfinite().all():
         raise Refusal("the scores are not finite; try --precision fp32, or another --model")
     return mean.cpu(), (spread / samples).amax(1, keepdim=True).sqrt().cpu()
@@ -115,13 +119,8 @@ def overlay(image, ids):
     return result
 
 
-def grey(values, window):
-    """A slice's intensities (H, W) -> uint8 (H, W, 3), as in training."""
-    return np.repeat(files.window_to_uint8(values, window)[..., None], 3, axis=2)
-
-
-def montage(slices, ids, window):
-    """(Z, H, W) intensities and class ids -> one picture of at most 16 overlays.
+def montage(images, ids):
+    """Slices (Z, H, W, 3) and class ids (Z, H, W) -> one picture of at most 16 overlays.
 
     The slices with foreground are cut into 16 stretches, and of each the fullest is shown.
     """
@@ -129,7 +128,8 @@ def montage(slices, ids, window):
     candidates = np.flatnonzero(size) if size.any() else np.arange(len(size))
     stretches = np.array_split(candidates, min(16, len(candidates)))
     shown = [stretch[size[stretch].argmax()] for stretch in stretches]
-    tiles = [overlay(grey(slices[z], window), ids[z]) for z in shown]
+    zoom = 1 + 160 // max(ids.shape[1:])  # small slices are shown larger
+    tiles = [overlay(*(x[z].repeat(zoom, 0).repeat(zoom, 1) for x in (images, ids))) for z in shown]
     columns = int(np.ceil(len(tiles) ** 0.5))
     tiles += [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)]
@@ -150,85 +150,97 @@ def search(folder):
 
 
 def plan(paths, out):
-    """-> {target: path}, and the Refusals of what cannot be done.
+    """-> jobs [(target, source)]. Raises Refusal for an empty folder, and for what would be lost.
 
     A target is the path of what will be written, up to "_mask.png". Sub-folders stay as they are.
     """
-    found, jobs, refused = [], {}, []
+    jobs = {}
     for path in map(Path, paths):
         top, inside = (path, list(search(path))) if path.is_dir() else (path.parent, [path])
-        found += [(p, Path(out, p.relative_to(top).parent, files.stem(p))) for p in inside]
         if not inside:
-            refused.append(Refusal(f"{path}: holds nothing to read: {', '.join(READ)}"))
-    sources = {path.parent.resolve() for path, _ in found}
-    for path, target in found:
-        outputs = [f"{target}{ending}" for ending in WRITTEN]
-        lost = [o for o in outputs if os.path.lexists(o) and target.parent.resolve() in sources]
-        if lost:
-            refused.append(Refusal(f"{path}: {lost[0]} is there already, among the inputs, and "
-                                   "is not overwritten; choose another --out"))  # fmt: skip
-        elif jobs.setdefault(target, path).resolve() != path.resolve():
-            refused.append(Refusal(f"{path}: {jobs[target]} has the same name; use another --out"))
-    return jobs, refused
+            raise Refusal(f"{path}: holds no picture and no volume ({', '.join(READ)})")
+        for source in inside:
+            target = Path(out, source.relative_to(top).parent, files.stem(source))
+            first = jobs.setdefault(target, source)
+            if first.resolve() != source.resolve():
+                raise Refusal(f"{source}: its mask would overwrite that of {first}; "
+                              "do one of them with another --out")  # fmt: skip
+    folders = {source.parent.resolve() for source in jobs.values()}
+    for target in jobs:
+        there = [f"{target}{ending}" for ending in WRITTEN if os.path.lexists(f"{target}{ending}")]
+        if there and target.parent.resolve() in folders:  # an input itself, or a mask drawn by hand
+            raise Refusal(f"{there[0]}: lies among the inputs and would be overwritten; "
+                          "use another --out")  # fmt: skip
+    return list(jobs.items())
 
 
-def read(path):
-    """-> the picture, or the volume and its geometry, or the Refusal that says why not."""
+def batches(jobs, size):
+    """Pictures go through the network together, each volume by itself."""
+    volumes = [job for job in jobs if files.is_volume(job[1])]
+    pictures = [job for job in jobs if not files.is_volume(job[1])]
+    return [pictures[i : i + size] for i in range(0, len(pictures), size)] + [[v] for v in volumes]
+
+
+def attempt(function, *args):
+    """-> what the function returns, or the Refusal that it raises."""
     try:
-        return files.read_volume(path) if files.is_volume(path) else files.read_image(path)
+        return function(*args)
     except Refusal as error:
         return error
 
 
-def write_picture(job, image, mean, deviation, several):
-    """Mask, overlay and, of several samples, their deviation -> class ids (H, W)."""
-    target, size = job[0], image.shape[:2]
-    ids = class_ids(resize_scores(mean, size))
-    files.write_image(f"{target}_mask.png", ids * 255 if len(mean) == 1 else ids)
+def segment(model, images, args):
+    """Yield the class ids uint8 (H, W) and deviations float32 (H, W) of pictures of any sizes."""
+    scores = predict(model, images, args.steps, args.samples, args.seed)
+    for image, mean, deviation in zip(images, *scores):
+        size = image.shape[:2]
+        yield class_ids(resize_scores(mean, size)), resize_scores(deviation, size)[0]
+
+
+def write_picture(k, several, job, image, segmented):
+    """Mask, overlay and, where there are several samples, their deviation -> class ids (H, W)."""
+    target, (ids, deviation) = job[0], segmented
+    files.write_image(f"{target}_mask.png", ids * 255 if k == 2 else ids)
     files.write_image(f"{target}_overlay.png", overlay(image, ids))
     if several:  # scores in [0, 1] deviate by at most one half
-        deviation = (resize_scores(deviation, size)[0] * 510).round().clip(0, 255)
-        files.write_image(f"{target}_std.png", deviation.astype(np.uint8))
+        files.write_image(f"{target}_std.png", (510 * deviation).round().astype(np.uint8))
     return ids
 
 
 def segment_pictures(model, jobs, args, pool):
-    """[(target, path)] -> {job: class ids (H, W), or the Refusal to read it}."""
-    results = dict(zip(jobs, pool.map(read, [path for _, path in jobs])))
+    """Write the files of each picture -> {job: class ids (H, W), or the Refusal to read it}."""
+    sources = [source for _, source in jobs]
+    results = dict(zip(jobs, pool.map(partial(attempt, files.read_image), sources)))
     images = {job: r for job, r in results.items() if not isinstance(r, Refusal)}
     if images:
-        scores = predict(model, images.values(), args.steps, args.samples, args.seed)
-        several = repeat(args.samples > 1)
-        ids = pool.map(write_picture, images, images.values(), *scores, several)
-        results.update(zip(images, ids))
+        segmented = segment(model, list(images.values()), args)
+        write = partial(write_picture, len(model.config.classes), args.samples > 1)
+        results.update(zip(images, pool.map(write, images, images.values(), segmented)))
     return results
 
 
 def segment_volume(model, job, args):
-    """(target, path) -> {job: class ids (Z, H, W), or the Refusal to read it}."""
-    target, loaded = job[0], read(job[1])
-    if isinstance(loaded, Refusal):
-        return {job: loaded}
-    (volume, geometry), window = loaded, model.config.window
-    slices = files.slices_of(volume)
-    if window is None:  # a model of pictures knows none: most of this volume's intensities
-        window = np.percentile(slices.flat[:: max(1, slices.size // 20_000)], [0.5, 99.5])
-    several, progress = args.samples > 1, Progress(len(slices), "slices")
-    ids = np.empty(slices.shape, np.uint8)
-    deviations = np.empty(slices.shape, np.float32) if several else None
-    for start in range(0, len(slices), args.batch_size):
-        images = [grey(values, window) for values in slices[start : start + args.batch_size]]
-        scores = predict(model, images, args.steps, args.samples, args.seed)
-        for z, (mean, deviation) in enumerate(zip(*scores), start):
-            ids[z] = class_ids(resize_scores(mean, ids.shape[1:]))
-            if several:
-                deviations[z] = resize_scores(deviation, ids.shape[1:])[0]
-        progress.step(len(images))
+    """Slice by slice, write the files of a volume -> class ids (Z, H, W). Raises Refusal."""
+    target, source = job
+    volume, geometry = files.read_volume(source)
+    window = files.window_of(volume, model.config.window)
+    grey = np.stack([files.window_to_uint8(v, window) for v in files.slices_of(volume)])
+    images = np.broadcast_to(grey[..., None], (*grey.shape, 3))
+    ids, deviations = np.empty(grey.shape, np.uint8), np.empty(grey.shape, np.float32)
+    progress = Progress(len(images), "slices")
+    for start in range(0, len(images), args.batch_size):
+        batch = images[start : start + args.batch_size]
+        for z, (mask, deviation) in enumerate(segment(model, batch, args), start):
+            ids[z], deviations[z] = mask, deviation
+        progress.step(len(batch))
     files.write_volume(f"{target}_mask.nii.gz", files.volume_of(ids), geometry)
-    if several:
+    files.write_image(f"{target}_overlay.png", montage(images, ids))
+    if args.samples > 1:
         files.write_volume(f"{target}_std.nii.gz", files.volume_of(deviations), geometry)
-    files.write_image(f"{target}_overlay.png", montage(slices, ids, window))
-    return {job: ids}
+    return ids
+
+
+# ---- the program ----
 
 
 def say(text, file=None):
@@ -238,32 +250,61 @@ def say(text, file=None):
     print(one_line(text), file=file, flush=True)
 
 
-def describe(path, ids, seconds, classes):
-    size = " x ".join(map(str, ids.shape[::-1]))
-    shares = [np.count_nonzero(ids == i) / ids.size for i in range(1, len(classes))]
+def report(source, result, classes, seconds):
+    """Print the line of one file."""
+    if isinstance(result, Refusal):
+        return say(f"infer.py: {result}", sys.stderr)
+    size = " x ".join(map(str, result.shape[::-1]))
+    shares = [np.count_nonzero(result == i) / result.size for i in range(1, len(classes))]
     named = ", ".join(f"{name} {share:.2%}" for name, share in zip(classes[1:], shares))
-    return f"{path}: {size}, {named}, {seconds:.2f} s"
+    say(f"{source}: {size}, {named}, {seconds:.2f} s")
+
+
+def load(args, gpu):
+    """The model, on --device or else, where torchrun started several processes, on GPU `gpu`."""
+    path = args.model or Path(__file__).parent / "weights" / "nano.safetensors"
+    if not Path(path).exists():
+        raise Refusal(f"{path}: no such file; `python train.py --data demo` makes one, "
+                      "runs/demo/model.safetensors")  # fmt: skip
+    several = "LOCAL_RANK" in os.environ and torch.cuda.is_available()
+    device = find_device(args.device or (f"cuda:{gpu}" if several else None))
+    return SDSeg.load(path, device, args.precision)
 
 
 def main(args):
-    # 1. The files and the model. Several processes, as torchrun starts them, share the files
+    # 1. The files and the model; torchrun's processes share the files
     rank, world, local = (int(os.environ.get(k, d)) for k, d in
                           (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
-    path = args.model or Path(__file__).parent / "weights" / "nano.safetensors"
-    if not Path(path).exists():
-        raise Refusal(f"{path}: no such file; `python train.py --data demo` makes "
-                      "runs/demo/model.safetensors")  # fmt: skip
-    gpu = f"cuda:{local}" if world > 1 and torch.cuda.is_available() else None
-    jobs, refused = plan(args.paths, args.out)
-    model = SDSeg.load(path, find_device(args.device or gpu), args.precision)
-    if rank == 0 and not model.config.data:
-        say(f"{path}: never trained to segment, so the masks mean nothing; train.py trains it",
-            sys.stderr)  # fmt: skip
-    jobs = sorted(jobs.items(), key=lambda job: files.is_volume(job[1]))[rank::world]
-    pictures = [job for job in jobs if not files.is_volume(job[1])]
-    batches = [pictures[i : i + args.batch_size] for i in range(0, len(pictures), args.batch_size)]
-    batches += [[job] for job in jobs[len(pictures) :]]
+    jobs = plan(args.paths, args.out)[rank::world]
+    model = load(args, local)
 
-    # 2. Segment. Reading and writing pictures takes as long as a small network, so it is shared
-    done, failed, progress = 0, 0, Progress(len(jobs), "files")
-    ...
+    # 2. Segment
+    failed, progress = 0, Progress(len(jobs), "files")
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # PNG takes as long as a small network
+        for batch in batches(jobs, args.batch_size):
+            began = time.monotonic()
+            if files.is_volume(batch[0][1]):
+                results = {batch[0]: attempt(segment_volume, model, batch[0], args)}
+            else:
+                results = segment_pictures(model, batch, args, pool)
+            seconds = (time.monotonic() - began) / len(batch)
+            for (_, source), result in results.items():
+                report(source, result, model.config.classes, seconds)
+                failed += isinstance(result, Refusal)
+            progress.step(len(batch))
+
+    # 3. Say what came of it
+    done = len(jobs) - failed
+    if done:
+        say(f"{done} of {len(jobs)} files segmented; the results are in {args.out}")
+    if done and rank == 0 and not model.config.data:
+        say("infer.py: these weights were never trained to segment, so the masks mean nothing; "
+            "train.py trains them", sys.stderr)  # fmt: skip
+    if dist.is_torchelastic_launched():  # it ends all when one exits with an error: leave together
+        dist.init_process_group("gloo", timeout=datetime.timedelta(weeks=4))
+        dist.barrier()
+    return (1 if done else 2) if failed else 0
+
+
+if __name__ == "__main__":
+    run(lambda: main(ARGS))
