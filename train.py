@@ -394,7 +394,7 @@ def main(args):
     if args.resume:
         start, best = restore(Path(args.resume), trained, average, optimiser, train_data.key)
         say(f"resumed at step {start}, best validation Dice {best:.4f}")
-    net = DistributedDataParallel(model, broadcast_buffers=False) if world > 1 else model
+    net = DistributedDataParallel(model) if world > 1 else model
     workers = args.workers if args.workers is not None else 4 * (device.type == "cuda")
     loader = torch.utils.data.DataLoader(
         Batches(train_data, model, args, rank, world), batch_size=None,

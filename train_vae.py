@@ -45,19 +45,20 @@ from vae import AutoencoderKL
 
 
 def colour_maps(mask, generator):
-    """mask (B, H, W) -> maps (B, H, W) of palette indices and the palette, any K up to 14.
+    """mask (B, H, W) -> class maps as colours (B, 3, H, W), of any K up to 14.
 
-    Half are the masks as they are, two classes; half are two masks laid over one another, so
-    that up to four colours of a larger palette meet.
+    A third are the masks as they are, black and white; the others two masks laid over one
+    another, so that up to four colours of a larger palette meet.
     """
-    half = len(mask) // 2
+    two = len(mask) // 3
     k = int(torch.randint(2, MAX_CLASSES + 1, (), generator=generator))
     both = (mask > 0).long() + 2 * (mask > 0).long().roll((1, 20, -20), (0, 1, 2))
     names = torch.rand(len(mask), k, generator=generator).argsort(1)
     names = names[:, torch.arange(4) % k]  # which colour each of the four regions takes
     several = names.gather(1, both.flatten(1)).view_as(mask)
-    two = class_colours(2)[(mask[:half] > 0).long()]
-    return torch.cat([two, class_colours(k)[several[half:]]]).permute(0, 3, 1, 2).contiguous()
+    black_white = class_colours(2)[(mask[:two] > 0).long()]
+    colours = class_colours(k)[several[two:]]
+    return torch.cat([black_white, colours]).permute(0, 3, 1, 2).contiguous()
 
 
 def reconstruction_loss(vae, x, kl_weight, noise):
@@ -107,7 +108,7 @@ def main(args):
           f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M on {device}, "
           f"{'bf16' if bf16 else 'fp32'}, {args.steps} steps of {args.batch_size}")  # fmt: skip
 
-    # 3. The loop: half images, half maps
+    # 3. The loop: a quarter images, the rest maps, whose colours are the harder part
     generator = torch.Generator().manual_seed(args.seed)
     began = time.monotonic()
     for step in range(args.steps):
@@ -116,11 +117,10 @@ def main(args):
             group["lr"] = args.lr * warm * (1 - step / args.steps)
         chosen = torch.randint(len(train_data), (args.batch_size,), generator=generator)
         batch = train_data.batch([(step, int(i)) for i in chosen])
-        half = args.batch_size // 2
-        maps = colour_maps(batch["mask"][half:], generator)
-        x = torch.cat([batch["image"][:half], maps]).to(device)
-        noise_shape = (len(x), config.vae.z_channels, args.size // 8, args.size // 8)
-        noise = torch.randn(noise_shape, generator=generator).to(device)
+        images = args.batch_size // 4
+        maps = colour_maps(batch["mask"][images:], generator)
+        x = torch.cat([batch["image"][:images], maps]).to(device)
+        noise = torch.randn(len(x), *judge.latent_shape(), generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, l1, kl = reconstruction_loss(vae, x, args.kl_weight, noise)
         loss.backward()

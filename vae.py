@@ -1,6 +1,7 @@
 """KL autoencoder of latent diffusion, and the vision encoder of SDSeg.
 
-In: images (B, 3, H, W) in [-1, 1], H and W multiples of 8. Out: latents (B, 4, H/8, W/8), unscaled.
+In: images (B, 3, H, W) in [-1, 1], H and W multiples of 8. Out: latents (B, 4, h, w), unscaled;
+every level of `ch_mult` but the last halves the side: h = H/8, for `nano` H/4.
 `AutoencoderKL` carries segmentation maps into the latent space and back and stays frozen;
 `VisionEncoder` (tau in the paper) has the same encoder, is trained, and encodes the image.
 Parameter names are those of CompVis checkpoints, so public weights load as they are.
@@ -171,7 +172,7 @@ class AutoencoderKL(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.z_channels, config.z_channels, 1)
 
     def encode(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> mean, logvar of the posterior, (B, 4, H/8, W/8) each."""
+        """x (B, 3, H, W) in [-1, 1] -> mean, logvar of the posterior, (B, 4, h, w) each."""
         x = x.to(self.quant_conv.weight.dtype)
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)  # the clamp of the original, so that exp() stays finite
@@ -190,7 +191,7 @@ class VisionEncoder(nn.Module):
         self.out = nn.Conv2d(2 * config.z_channels, config.z_channels, 1)
 
     def forward(self, x):
-        """x (B, 3, H, W) in [-1, 1] -> (B, 4, H/8, W/8), unscaled like the autoencoder's mean."""
+        """x (B, 3, H, W) in [-1, 1] -> (B, 4, h, w), unscaled like the autoencoder's mean."""
         return self.out(self.encoder(x.to(self.out.weight.dtype)))
 
     @torch.no_grad()
