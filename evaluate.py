@@ -31,6 +31,8 @@ def parse(argv=None):
     add("--out", metavar="DIR", help="where the results go (default: beside the model)")
     add("--steps", type=positive, default=1, help="network calls a sample: DDIM steps")
     add("--samples", type=positive, default=1, help="samples a picture; their scores are averaged")
+    add("--spacing", default="trailing", choices=["trailing", "leading"], help="of the DDIM steps; "
+        "leading is the published code's, for comparison")  # fmt: skip
     add("--stability", type=positive, metavar="N", help="repeat with N seeds and compare (Table 5)")
     add("--efficiency", action="store_true", help="measure speed and memory (Table 4)")
     add("--curve", action="store_true", help=f"Dice against {CURVE} DDIM steps (Figure 3)")
@@ -91,7 +93,7 @@ def pictures(found, cases):
             yield Picture(number, image[i], truth[i], i == len(image) - 1)
 
 
-def score(model, found, cases, batch_size, steps, samples, seeds, collect=None):
+def score(model, found, cases, batch_size, spacing, steps, samples, seeds, collect=None):
     """Segment every case once a seed -> (N, cases, K - 1, 3) pixels; see metrics.areas.
 
     `collect(case, ids, scores)` is shown the N repeats of each picture.
@@ -101,7 +103,7 @@ def score(model, found, cases, batch_size, steps, samples, seeds, collect=None):
     progress, stream = Progress(len(cases), "cases"), pictures(found, enumerate(cases))
     while batch := list(itertools.islice(stream, batch_size)):
         images = [p.image for p in batch]
-        runs = [segment_images(model, images, steps, samples, seed) for seed in seeds]
+        runs = [segment_images(model, images, steps, samples, s, spacing) for s in seeds]
         for picture, *scores in zip(batch, *runs):
             ids = [class_ids(s) for s in scores]
             total[:, picture.case] += [areas(i, picture.truth, k) for i in ids]
@@ -138,12 +140,13 @@ def gallery(model, found, cases, dice, args):
     canvas = Image.new("RGB", (6 * TILE + 32, 4 * (TILE + 20) + 20), "white")
     draw = ImageDraw.Draw(canvas)
     order, middle = np.argsort(dice, kind="stable"), max(len(dice) // 2 - 2, 0)
+    settings = args.steps, args.samples, args.seed, args.spacing
     for half, title, begin in ((0, "worst", 0), (3 * TILE + 28, "median", middle)):
         draw.text((half + 4, 4), f"{title}: image | truth | prediction", fill="black")
         for row, number in enumerate(order[begin : begin + 4]):
             of_case = pictures(found, [(number, cases[number])])
             p = max(of_case, key=lambda picture: np.count_nonzero(picture.truth))
-            scores = segment_images(model, [p.image], args.steps, args.samples, args.seed)[0]
+            scores = segment_images(model, [p.image], *settings)[0]
             y = 20 + row * (TILE + 20)
             name = cases[number].name.encode("ascii", "replace").decode()[-60:]
             draw.text((half + 4, y + 4), f"{name}  Dice {dice[number]:.3f}", fill="black")
@@ -215,6 +218,7 @@ def results_folder(args, name):
     if args.out:
         return Path(args.out)
     runs = "" if args.steps == args.samples == 1 else f"-{args.steps}x{args.samples}"
+    runs += "-leading" if args.spacing == "leading" else ""
     return Path(args.model).parent / f"eval-{name.replace('+', '-')}-{args.part}{runs}"
 
 
@@ -238,11 +242,12 @@ def main(args):
         "sha256": sha256(args.model),
         "unit": "volume" if found.volumes else "image",
         "n": len(cases),
-        **{k: getattr(args, k) for k in ("steps", "samples", "seed", "batch_size", "precision")},
+        **{k: getattr(args, k) for k in ("steps", "samples", "spacing", "seed", "batch_size")},
+        "precision": args.precision,
         "device": device_name(device),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-    scored = functools.partial(score, model, found, cases, args.batch_size)
+    scored = functools.partial(score, model, found, cases, args.batch_size, args.spacing)
 
     # 2. Efficiency, first: a process's peak of memory never falls again
     if args.efficiency:

@@ -63,7 +63,7 @@ PALETTE = (255 * np.array([(0, 0, 0), *HUES])).astype(np.uint8)
 
 
 @torch.no_grad()
-def predict(model, images, steps, samples, seed):
+def predict(model, images, steps, samples, seed, spacing="trailing"):
     """Pictures uint8 (H, W, 3) of any sizes -> mean scores (B, C, S, S), deviations (B, 1, S, S).
 
     The standard deviation over the samples is that of the least certain class. Both float32, on
@@ -74,7 +74,7 @@ def predict(model, images, steps, samples, seed):
     generator = torch.Generator().manual_seed(seed % 2**63)
     mean = spread = 0
     try:
-        for n, scores in enumerate(model.sample(image, steps, samples, generator), 1):
+        for n, scores in enumerate(model.sample(image, steps, samples, generator, spacing), 1):
             change = scores - mean  # Welford's update: one sample in memory at a time
             mean = mean + change / n
             spread = spread + change * (scores - mean)
@@ -90,9 +90,9 @@ def resize_scores(scores, size):
     return F.interpolate(scores[None], tuple(size), mode="bilinear", antialias=True)[0].numpy()
 
 
-def segment_images(model, images, steps=1, samples=1, seed=0):
+def segment_images(model, images, steps=1, samples=1, seed=0, spacing="trailing"):
     """Pictures uint8 (H, W, 3) of any sizes -> mean scores, float32 (C, H, W) each, in [0, 1]."""
-    means, _ = predict(model, images, steps, samples, seed)
+    means, _ = predict(model, images, steps, samples, seed, spacing)
     return [resize_scores(mean, image.shape[:2]) for mean, image in zip(means, images)]
 
 
