@@ -29,6 +29,7 @@ class SDSegConfig:
     unet: UNetConfig = UNetConfig()
     beta_start: float = 0.00085  # the schedule is linear in sqrt(beta)
     beta_end: float = 0.012
+    zero_terminal_snr: bool = False  # shift sqrt(a_t) so that z_t at T - 1 holds no mask at all
     prediction: str = "eps"  # what the U-Net predicts: "eps" (the paper), "x0" or "v"
     fusion: str = "concat"  # how it sees z_c: "concat" (the paper) or "cross" attention
     image_scale: float = 0.18215  # z_c = image_scale * tau(C)
@@ -48,6 +49,7 @@ PRESETS = {
         "nano",
         VAEConfig(32, (1, 1, 2), 1),  # h = H/4, not H/8: learns faster
         NANO,
+        zero_terminal_snr=True,
         prediction="x0",
         image_scale=1.0,
         image_size=128,
@@ -72,6 +74,23 @@ def class_colours(k):
     return torch.tensor(points[:k], dtype=torch.float32, device="cpu")
 
 
+def alphas_cumprod(config):
+    """a_t of Eq. 1, (T,) float32; the schedule is linear in sqrt(beta).
+
+    Its last a_t is small but not zero, and a network finds the trace of the mask that z_t then
+    holds in training and never at inference. `zero_terminal_snr` takes it away: Lin et al., 2024,
+    "Common diffusion noise schedules and sample steps are flawed", algorithm 1. Not with "eps",
+    for which Eq. 2 would divide by zero.
+    """
+    ends = config.beta_start**0.5, config.beta_end**0.5
+    betas = torch.linspace(*ends, T, dtype=torch.float64, device="cpu") ** 2
+    a = torch.cumprod(1 - betas, 0)
+    if config.zero_terminal_snr and config.prediction != "eps":
+        root = a.sqrt()
+        a = ((root - root[-1]) * root[0] / (root[0] - root[-1])).square()
+    return a.float()
+
+
 class Loss(NamedTuple):
     total: torch.Tensor
     noise: torch.Tensor  # L_noise: mean |error| of the network's output (the noise, for "eps")
@@ -87,11 +106,7 @@ class SDSeg(nn.Module):
         self.vae = AutoencoderKL(config.vae).requires_grad_(False)
         self.tau = VisionEncoder(config.vae)
         self.unet = UNet(config.unet)
-        betas = torch.linspace(
-            config.beta_start**0.5, config.beta_end**0.5, T, dtype=torch.float64, device="cpu"
-        )
-        alphas_cumprod = torch.cumprod(1 - betas**2, 0).float()
-        self.register_buffer("alphas_cumprod", alphas_cumprod, persistent=False)
+        self.register_buffer("alphas_cumprod", alphas_cumprod(config), persistent=False)
         colours = class_colours(len(config.classes))
         self.separation = F.pdist(colours).min().item() ** 2
         self.register_buffer("colours", colours, persistent=False)

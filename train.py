@@ -13,7 +13,7 @@ from common import Parser, Refusal, duration, one_line, run, whole_file
 PAPER = dict(steps=100_000, batch_size=4, lr=4e-5, warmup=1000, eval_every=2000, ema=0.9999,
              last=0.0, mask_weight=0.0, augment="flip")  # fmt: skip
 NANO = dict(steps=5000, batch_size=16, lr=5e-4, warmup=200, eval_every=250, ema=0.998,
-            last=0.75, mask_weight=1.0, augment="full")  # fmt: skip
+            last=0.9, mask_weight=1.0, augment="full")  # fmt: skip
 
 
 def parse(argv=None):

@@ -103,6 +103,20 @@ def test_a_perfect_network_gives_z0(prediction):
     torch.testing.assert_close(model.predict_z0(z_t, t, out), z_0, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("prediction", ["x0", "v"])
+def test_zero_terminal_snr_leaves_no_trace_of_the_mask(prediction):
+    """At t = T - 1, z_t is the noise itself; x0 and v still give z_0, eps is as it was."""
+    model = tiny(prediction=prediction, zero_terminal_snr=True)
+    z_0, noise = torch.randn(2, 4, 4, 4), torch.randn(2, 4, 4, 4)
+    t = torch.tensor([T - 1, 500])
+    z_t = model.q_sample(z_0, t, noise)
+    assert torch.equal(z_t[0], noise[0])
+    out = model.target(z_0, t, noise)
+    torch.testing.assert_close(model.predict_z0(z_t, t, out), z_0, atol=1e-5, rtol=0)
+    plain, eps = tiny().alphas_cumprod, tiny(zero_terminal_snr=True).alphas_cumprod
+    assert model.alphas_cumprod[0] == plain[0] and torch.equal(eps, plain)
+
+
 @torch.no_grad()
 def test_ddim_of_a_perfect_network_is_exact():
     """Ten steps of a network that knows z_0 arrive at z_0."""
