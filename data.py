@@ -439,11 +439,13 @@ class SegmentationData(torch.utils.data.Dataset):
     """The items of one part, resized to (size, size), decoded once and memory-mapped after that.
 
     `augment`: None, "flip" (flips and quarter turns, exact) or "full" (with scale, shift, rotation,
-    shear and colour). Augmentation is a function of (seed, epoch, index).
+    shear and colour). Augmentation is a function of (seed, epoch, index). Volumes of several
+    classes are never flipped: often their side is what tells two organs apart.
     """
 
     def __init__(self, found, part, size, augment=None, seed=0):
         self.augment, self.seed = augment, seed
+        self.flip = not (found.volumes and len(found.classes) > 2)
         self.key = fingerprint(found, part, size)
         self.images, self.masks, self.names = cached(found, part, size, self.key)
 
@@ -460,8 +462,9 @@ class SegmentationData(torch.utils.data.Dataset):
         masks = [np.asarray(self.masks[i]) for _, i in samples]
         if self.augment and samples[0][0] is not None:
             draws = [np.random.default_rng([self.seed, e, i]).random(16) for e, i in samples]
-            turned = [turn(x, y, d) for x, y, d in zip(images, masks, draws)]
-            images, masks = zip(*turned)
+            if self.flip:
+                turned = [turn(x, y, d) for x, y, d in zip(images, masks, draws)]
+                images, masks = zip(*turned)
         image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
         mask = torch.from_numpy(np.stack(masks)).long()
         if self.augment == "full" and samples[0][0] is not None:

@@ -4,6 +4,7 @@ that lie."""
 import gzip
 import json
 import struct
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -244,6 +245,21 @@ def test_image_and_mask_move_together(augment, tmp_path):
     if augment == "flip":
         assert torch.equal(batch["image"][:, 0] > 0, batch["mask"] > 0)
     assert not torch.equal(batch["mask"][:20], batch["mask"][20:])
+
+
+def test_volumes_of_several_classes_keep_their_sides(monkeypatch):
+    """A left kidney stays left: "flip" changes nothing where sides tell classes apart."""
+    found = find("demo")
+    plain = SegmentationData(found, "val", 32)
+    monkeypatch.setattr(data, "cached", lambda *_: (plain.images, plain.masks, plain.names))
+    for several in (False, True):
+        classes = ("background", "left", "right") if several else found.classes
+        items = SegmentationData(replace(found, volumes=True, classes=classes), "val", 32, "flip")
+        changed = [
+            not torch.equal(items.batch([(0, i)])["image"], items.batch([(None, i)])["image"])
+            for i in range(10)
+        ]
+        assert any(changed) != several
 
 
 def test_augmentation_is_a_function_of_seed_epoch_and_index():
