@@ -2,7 +2,7 @@
 
 Hard enough that no threshold finds the lesions: they are lighter or darker than their
 surroundings, some hardly differ in colour, and folds, a dark lumen, glare, bubbles and debris
-distract. What they share is a domed shading, a finer texture and a closed soft outline.
+distract. What they share is a domed shading, a texture of its own and a closed, soft, dark outline.
 """
 
 import numpy as np
@@ -65,14 +65,14 @@ def draw_distractors(rng, y, x, size, picture):
 
 def draw_lesion(rng, y, x, size, picture):
     """One lesion laid on the picture -> the picture, the lesion's mask (size, size) bool."""
-    d, dy, dx = distance(rng, y, x, rng.uniform(0.09, 0.22), rng.uniform(0.1, 0.4))
+    d, dy, dx = distance(rng, y, x, rng.uniform(0.11, 0.24), rng.uniform(0.1, 0.4))
     cover = 1 / (1 + np.exp(np.clip((d - 1) * rng.uniform(12, 40), -50, 50)))
-    shift = rng.choice([-1, 1]) * rng.uniform(0.05, 0.17)  # lighter or darker
-    colour = shift * np.array([1, 1, 1]) + rng.normal(0, 0.025, 3)
+    shift = rng.choice([-1, 1]) * rng.uniform(0.06, 0.18)  # lighter or darker
+    colour = shift * np.array([1, 1, 1]) + rng.normal(0, 0.03, 3)
     light = rng.uniform(0, 2 * np.pi)
-    dome = 0.12 * (dy * np.sin(light) + dx * np.cos(light)) * np.exp(-(d**2))
-    rim = -0.14 * np.exp(-(((d - 1) / 0.12) ** 2))
-    texture = 0.05 * noise(rng, size, 40)[..., 0]
+    dome = 0.2 * (dy * np.sin(light) + dx * np.cos(light)) * np.exp(-(d**2))
+    rim = -0.22 * np.exp(-(((d - 1) / 0.16) ** 2))
+    texture = 0.06 * noise(rng, size, 20)[..., 0]
     change = colour + ((dome + texture) * (d < 1.3) + rim)[..., None]
     return picture + change * np.maximum(cover, 0.5 * (rim < -0.03))[..., None], d < 1
 
