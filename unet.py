@@ -260,6 +260,7 @@ class UNet(nn.Module):
         dtype = self.time_embed[0].weight.dtype
         emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
         h, skips = x.to(dtype), []  # (B, 8, 32, 32)
+        context = None if context is None else context.to(dtype)
         for block in self.input_blocks:
             h = block(h, emb, context)  # (B, 320, 32, 32) .. (B, 1280, 4, 4)
             skips.append(h)

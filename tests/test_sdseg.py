@@ -270,6 +270,18 @@ def test_training_can_start_from_an_autoencoder_or_change_its_fusion(tmp_path):
     assert torch.equal(cross.unet.out[2].weight, model.unet.out[2].weight)
 
 
+@pytest.mark.parametrize("fusion", ["concat", "cross"])
+def test_bfloat16_gives_nearly_the_same_scores(fusion):
+    """Either way of fusing runs in reduced precision, close to float32."""
+    cross = replace(TINY.unet, in_channels=4, context_dim=4)
+    model = tiny(fusion=fusion, prediction="x0", **({"unet": cross} if fusion == "cross" else {}))
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    exact = model.segment(image, generator=torch.Generator().manual_seed(0))
+    model.to_precision("cpu", "bf16")
+    rounded = model.segment(image, generator=torch.Generator().manual_seed(0))
+    assert (exact - rounded).abs().mean() < 0.01
+
+
 def test_presets_are_the_published_sizes():
     """860 M and 294 M parameters in the U-Nets of the paper, and a nano model under 32 MB."""
     sizes = {}
