@@ -59,8 +59,10 @@ def blur(x):
     """(B, C, H, W) -> (B, C, H - 10, W - 10): means under the window, wherever it fits."""
     offset = torch.arange(WINDOW, device=x.device, dtype=x.dtype) - WINDOW // 2
     window = torch.exp(-offset.square() / (2 * SIGMA**2))
-    window = (window / window.sum()).view(1, 1, -1, 1)
-    maps = F.conv2d(F.conv2d(x.flatten(0, 1)[:, None], window), window.transpose(2, 3))
+    window = (window / window.sum()).view(1, 1, -1, 1).expand(x.shape[0] * x.shape[1], -1, -1, -1)
+    maps = x.flatten(0, 1)[None]  # pictures as channels: many times faster than as a batch
+    maps = F.conv2d(maps, window, groups=len(window))
+    maps = F.conv2d(maps, window.transpose(2, 3), groups=len(window))
     return maps.view(*x.shape[:2], *maps.shape[2:])
 
 

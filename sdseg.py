@@ -268,10 +268,13 @@ class SDSeg(nn.Module):
         return model.eval().to_precision(device, precision)
 
     def to_precision(self, device, precision="fp32"):
-        """Move to a device for inference. The U-Net's last layers stay float32: see Eq. 2."""
+        """Move to a device for inference. What would change masks stays float32: the U-Net's last
+        layers, see Eq. 2, and on a CPU tau, where bfloat16 would round the picture itself.
+        """
         self.to(device=device, memory_format=torch.channels_last)
         dtype = inference_dtype(torch.device(device), precision)
-        for part in (self.vae, self.tau, self.unet):
+        on_cpu = torch.device(device).type == "cpu"
+        for part in (self.vae, self.unet) if on_cpu else (self.vae, self.unet, self.tau):
             part.to(dtype=dtype)
         self.unet.out.float()
         return self
