@@ -19,12 +19,15 @@ def positive_list(text):
 def parse(argv=None):
     parser = Parser("Measure the speed and memory of inference and training.")
     add = parser.add_argument
-    add("--preset", default="nano", choices=["nano", "sd-v1", "ldm-kl-8"])
+    add("--preset", default="nano", choices=["nano", "sd-v1", "ldm-kl-8"],
+        help="whose sizes")  # fmt: skip
     add("--model", metavar="FILE", help="real weights; their config replaces the preset")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-    add("--batch-sizes", type=positive_list, default=[1, 8], metavar="N,N", help="of inference")
-    add("--seconds", type=float, default=5.0, help="a measurement, at least three calls")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+        help="of the networks; auto: the fastest that keeps the masks")  # fmt: skip
+    add("--batch-sizes", type=positive_list, default=[1, 8], metavar="N,N",
+        help="of inference (default: 1,8)")  # fmt: skip
+    add("--seconds", type=float, default=5.0, help="for each measurement")
     add("--train", action="store_true", help="also measure training, with the preset's recipe")
     add("--diffusers", action="store_true", help="also time diffusers' modules, if installed")
     return parser.parse_args(argv)

@@ -9,7 +9,7 @@ import difflib
 import os
 import sys
 import time
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from argparse import SUPPRESS, ArgumentParser, HelpFormatter
 from pathlib import Path
 
 
@@ -55,15 +55,28 @@ def keep_freed_memory():
         libc.mallopt(trim_threshold, 2**31 - 1)  # and return none below 2 GiB
 
 
+class Help(HelpFormatter):
+    """Ends each flag's help with its default, unless the help says it or there is none."""
+
+    def _get_help_string(self, action):
+        silent = any(action.default is value for value in (None, False, SUPPRESS))
+        said = silent or "(default" in action.help
+        return action.help if said else f"{action.help} (default: %(default)s)"
+
+
 class Parser(ArgumentParser):
     """argparse with defaults in `--help`, no abbreviations, and one-line errors that suggest."""
 
     def __init__(self, description):
         super().__init__(
             description=description,
-            formatter_class=ArgumentDefaultsHelpFormatter,
+            formatter_class=Help,
             allow_abbrev=False,
         )
+
+    def group(self, title):
+        """-> the `add_argument` of a group of flags that `--help` shows together."""
+        return self.add_argument_group(title).add_argument
 
     def error(self, message):
         known = [flag for action in self._actions for flag in action.option_strings]

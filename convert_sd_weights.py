@@ -21,7 +21,9 @@ def parse(argv=None):
         help="a Stable Diffusion v1 .ckpt or .safetensors, a diffusers folder, a checkpoint of "
         "the published SDSeg code, or two files: the model.ckpt of LDM kl-f8 and lsun_churches",
     )
-    parser.add_argument("--out", help="the file to write; None: weights/, named by what is found")
+    parser.add_argument(
+        "--out", metavar="FILE", help="(default: in weights/, named by what is found)"
+    )
     parser.add_argument("--ema", action="store_true", help="take the averaged U-Net (model_ema.*)")
     parser.add_argument("--half", action="store_true", help="store float16")
     return parser.parse_args(argv)

@@ -20,7 +20,7 @@ def positive(text):
 
 def parse(argv=None):
     parser = Parser("Score a trained model on a data set; see also the README.")
-    add = parser.add_argument
+    add = parser.group("what is scored")
     add("--data", required=True, help="cvc, kvasir, refuge2, btcv, sts3d, demo, a+b, or a folder")
     add("--model", required=True, metavar="FILE", help="weights that train.py wrote")
     add("--root", default="data", help="where the data sets lie")
@@ -29,16 +29,23 @@ def parse(argv=None):
         "(default: that of the run); train, val, test: another way to say --part")  # fmt: skip
     add("--limit", type=positive, metavar="N", help="only the first N cases")
     add("--out", metavar="DIR", help="where the results go (default: beside the model)")
+
+    add = parser.group("how it is segmented")
     add("--steps", type=positive, default=1, help="network calls a sample: DDIM steps")
     add("--samples", type=positive, default=1, help="samples a picture; their scores are averaged")
     add("--spacing", default="trailing", choices=["trailing", "leading"], help="of the DDIM steps; "
         "leading is the published code's, for comparison")  # fmt: skip
+    add("--seed", type=int, default=0, help="of the noise; repeats use the seeds that follow")
+
+    add = parser.group("further measurements")
     add("--stability", type=positive, metavar="N", help="repeat with N seeds and compare (Table 5)")
     add("--efficiency", action="store_true", help="measure speed and memory (Table 4)")
     add("--curve", action="store_true", help=f"Dice against {CURVE} DDIM steps (Figure 3)")
-    add("--seed", type=int, default=0, help="of the noise; repeats use the seeds that follow")
-    add("--batch-size", type=positive, default=8)
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+
+    add = parser.group("machine")
+    add("--batch-size", type=positive, default=8, help="pictures or slices at a time")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+        help="of the networks; auto: the fastest that keeps the masks")  # fmt: skip
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     args = parser.parse_args(argv)
     if args.stability == 1:

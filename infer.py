@@ -23,11 +23,16 @@ def parse(argv=None):
     add("paths", nargs="+", metavar="PATH", help="pictures, .nii or .nii.gz volumes, or folders")
     add("--model", metavar="FILE", help="weights (default: weights/nano.safetensors, which ships)")
     add("--out", metavar="DIR", default="outputs", help="where the results go")
+
+    add = parser.group("sampling")
     add("--steps", type=positive, default=1, help="network calls a sample: DDIM steps")
     add("--samples", type=positive, default=1, help="samples a picture; their scores are averaged")
     add("--seed", type=int, default=0, help="of the noise")
+
+    add = parser.group("machine")
     add("--batch-size", type=positive, default=8, help="pictures or slices at a time")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+        help="of the networks; auto: the fastest that keeps the masks")  # fmt: skip
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     return parser.parse_args(argv)
 

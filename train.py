@@ -18,15 +18,24 @@ NANO = dict(steps=5000, batch_size=16, lr=5e-4, warmup=200, eval_every=250, ema=
 
 def parse(argv=None):
     parser = Parser("Train SDSeg on a data set; see also the README.")
-    add = parser.add_argument
     recipe = {k: f"(default: {PAPER[k]}; nano: {NANO[k]})" for k in PAPER}
+
+    add = parser.group("data")
     add("--data", help="cvc, kvasir, refuge2, btcv, sts3d, demo, several as a+b, or a folder")
     add("--root", default="data", help="where the data sets lie")
     add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
+    add("--size", type=int, help="pixels, H = W (default: that of the weights)")
+    add("--augment", choices=["none", "flip", "full"], help=f"full: also turned, scaled, shifted, "
+        f"recoloured {recipe['augment']}")  # fmt: skip
+
+    add = parser.group("the run")
     add("--resume", metavar="DIR", help="go on with the run in this folder, with its own settings")
     add("--init", metavar="FILE", help="weights to start from (default: sd-v1, else nano)")
     add("--fresh", action="store_true", help="keep of --init only the autoencoder")
     add("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
+    add("--seed", type=int, default=0, help="of everything random")
+
+    add = parser.group("optimisation")
     add("--steps", type=int, help=f"optimiser steps {recipe['steps']}")
     add("--batch-size", type=int, help=f"images a step, over all GPUs {recipe['batch_size']}")
     add("--lr", type=float, help=f"peak learning rate of AdamW {recipe['lr']}")
@@ -35,16 +44,22 @@ def parse(argv=None):
     add("--eval-every", type=int, help=f"steps between validations {recipe['eval_every']}")
     add("--log-every", type=int, default=25, help="steps between lines of the log")
     add("--ema", type=float, help=f"decay of the moving average {recipe['ema']}")
-    add("--augment", choices=["none", "flip", "full"], help=f"{recipe['augment']}")
-    add("--size", type=int, help="pixels, H = W (default: that of the weights)")
-    add("--prediction", choices=["eps", "x0", "v"], help="(default: that of the weights)")
-    add("--fusion", choices=["concat", "cross"], help="how the U-Net sees the image")
+
+    add = parser.group("method")
+    add("--prediction", choices=["eps", "x0", "v"], help="of the U-Net (default: the weights')")
+    add(
+        "--fusion",
+        choices=["concat", "cross"],
+        help="how the U-Net sees the image (default: the weights')",
+    )
     add("--freeze-encoder", action="store_true", help="do not train tau")
     add("--latent-weight", type=float, default=1.0, help="lambda of Eq. 3")
     add("--mask-weight", type=float, help=f"loss on the decoded mask {recipe['mask_weight']}")
     add("--last", type=float, help=f"share of samples at t = T - 1 {recipe['last']}")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16"])
-    add("--seed", type=int, default=0)
+
+    add = parser.group("machine")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"],
+        help="auto: bf16 autocast where the hardware has it")  # fmt: skip
     add("--workers", type=int, help="processes that load data (default: 0 on a CPU, 4 a GPU)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     args = parser.parse_args(argv)

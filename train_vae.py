@@ -14,14 +14,15 @@ def parse(argv=None):
     add("--data", required=True, help="a data set as in train.py; its training part is used")
     add("--root", default="data", help="where the data sets lie")
     add("--out", default="runs/vae/vae.safetensors", help="the file to write")
-    add("--steps", type=int, default=2000)
-    add("--batch-size", type=int, default=8)
+    add("--steps", type=int, default=2000, help="optimiser steps")
+    add("--batch-size", type=int, default=8, help="a quarter images, the rest class maps")
     add("--lr", type=float, default=1e-3, help="peak learning rate, falling linearly to zero")
     add("--kl-weight", type=float, default=1e-4, help="of the mean KL divergence a latent value")
     add("--size", type=int, default=128, help="pixels, H = W")
-    add("--log-every", type=int, default=50)
-    add("--seed", type=int, default=0)
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16"])
+    add("--log-every", type=int, default=50, help="steps between lines of the log")
+    add("--seed", type=int, default=0, help="of everything random")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"],
+        help="auto: bf16 autocast where the hardware has it")  # fmt: skip
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     return parser.parse_args(argv)
 
