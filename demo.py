@@ -83,7 +83,7 @@ def draw_demo(seed, size):
     y, x = np.mgrid[:size, :size].astype(np.float32) / size
     picture = draw_distractors(rng, y, x, size, draw_tissue(rng, y, x, size))
     mask = np.zeros((size, size), bool)
-    for _ in range(rng.choice(4, p=[0.04, 0.56, 0.25, 0.15])):
+    for _ in range(rng.choice(4, p=[0.02, 0.58, 0.25, 0.15])):
         picture, lesion = draw_lesion(rng, y, x, size, picture)
         mask |= lesion
     for _ in range(rng.integers(0, 9)):  # glare, anywhere
