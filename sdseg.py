@@ -269,14 +269,14 @@ class SDSeg(nn.Module):
 
     def to_precision(self, device, precision="fp32"):
         """Move to a device for inference. What would change masks stays float32: the U-Net's last
-        layers, see Eq. 2, and on a CPU tau, where bfloat16 would round the picture itself.
+        layers, see Eq. 2, and of tau the first, which would round the picture, and the last.
         """
         self.to(device=device, memory_format=torch.channels_last)
         dtype = inference_dtype(torch.device(device), precision)
-        on_cpu = torch.device(device).type == "cpu"
-        for part in (self.vae, self.unet) if on_cpu else (self.vae, self.unet, self.tau):
+        for part in (self.vae, self.unet, self.tau):
             part.to(dtype=dtype)
-        self.unet.out.float()
+        for part in (self.unet.out, self.tau.encoder.conv_in, self.tau.out):
+            part.float()
         return self
 
 

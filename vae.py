@@ -136,7 +136,9 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x):  # (B, 3, 256, 256)
-        h = self.conv_in(x)  # (B, 128, 256, 256)
+        h = self.conv_in(x.to(self.conv_in.weight.dtype))  # (B, 128, 256, 256)
+        if self.conv_in.weight.dtype != self.conv_out.weight.dtype:  # see SDSeg.to_precision
+            h = h.to(self.conv_out.weight.dtype)
         for level in self.down:
             h = level(h)  # (B, 128, 128, 128), (B, 256, 64, 64), (B, 512, 32, 32) twice
         h = self.mid(h)
@@ -173,7 +175,6 @@ class AutoencoderKL(nn.Module):
 
     def encode(self, x):
         """x (B, 3, H, W) in [-1, 1] -> mean, logvar of the posterior, (B, 4, h, w) each."""
-        x = x.to(self.quant_conv.weight.dtype)
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
         return mean, logvar.clamp(-30, 20)  # the clamp of the original, so that exp() stays finite
 
@@ -192,7 +193,7 @@ class VisionEncoder(nn.Module):
 
     def forward(self, x):
         """x (B, 3, H, W) in [-1, 1] -> (B, 4, h, w), unscaled like the autoencoder's mean."""
-        return self.out(self.encoder(x.to(self.out.weight.dtype)))
+        return self.out(self.encoder(x).to(self.out.weight.dtype))
 
     @torch.no_grad()
     def start_as(self, vae):
