@@ -456,14 +456,25 @@ class SegmentationData(torch.utils.data.Dataset):
         batch = self.batch([(None, index)])
         return {"image": batch["image"][0], "mask": batch["mask"][0], "name": self.names[index]}
 
+    def views(self, samples):
+        """[(epoch, index)] -> an int a sample, the same for the same mask; None if all differ."""
+        if self.augment == "full":
+            return None
+        turned = self.augment and self.flip
+        return [8 * i + (turn_of(self.draw(e, i)) if turned else 0) for e, i in samples]
+
+    def draw(self, epoch, index):
+        """The 16 numbers in [0, 1) that decide an item's augmentation."""
+        return np.random.default_rng([self.seed, epoch, index]).random(16)
+
     def batch(self, samples):
         """[(epoch, index)] -> {"image" (B, 3, S, S), "mask" (B, S, S)}; epoch None: as they are."""
         images = [np.asarray(self.images[i]) for _, i in samples]
         masks = [np.asarray(self.masks[i]) for _, i in samples]
         if self.augment and samples[0][0] is not None:
-            draws = [np.random.default_rng([self.seed, e, i]).random(16) for e, i in samples]
+            draws = [self.draw(e, i) for e, i in samples]
             if self.flip:
-                turned = [turn(x, y, d) for x, y, d in zip(images, masks, draws)]
+                turned = [turn(x, y, turn_of(d)) for x, y, d in zip(images, masks, draws)]
                 images, masks = zip(*turned)
         image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
         mask = torch.from_numpy(np.stack(masks)).long()
@@ -472,11 +483,15 @@ class SegmentationData(torch.utils.data.Dataset):
         return {"image": image, "mask": mask}
 
 
-def turn(image, mask, draw):
+def turn_of(draw):
+    """Which of the 8 symmetries of a square an item is seen in."""
+    return 4 * (draw[0] < 0.5) + int(draw[1] * 4)
+
+
+def turn(image, mask, view):
     """Flip left to right or not, and a number of quarter turns: image and mask by the same draw."""
-    step = -1 if draw[0] < 0.5 else 1
-    quarters = int(draw[1] * 4)
-    return tuple(np.rot90(x[:, ::step], quarters).copy() for x in (image, mask))
+    flip, quarters = divmod(view, 4)
+    return tuple(np.rot90(x[:, :: -1 if flip else 1], quarters).copy() for x in (image, mask))
 
 
 def warp(image, mask, draw):

@@ -95,7 +95,7 @@ from sdseg import SDSegConfig, draw, find_device, has_fast_bf16, start_from
 
 
 class Batches(torch.utils.data.Dataset):
-    """Step -> this process's share of the step's batch: the samples, t and the noise.
+    """Step -> this process's share of the step's batch: samples, their `views`, t and the noise.
 
     Each epoch is a new permutation; an incomplete last batch is filled from the next epoch.
     """
@@ -112,13 +112,37 @@ class Batches(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(a.seed * 1_000_003 + step)
         t, noise = draw(a.batch_size, self.latent_shape, generator, a.last)
         batch = self.data.batch(samples)
-        return batch["image"], batch["mask"], t[self.mine], noise[self.mine]
+        views = self.data.views(samples)
+        return batch["image"], batch["mask"], views, t[self.mine], noise[self.mine]
 
     def sample(self, place):
         """The place-th sample of the whole run -> (epoch, index)."""
         epoch, i = divmod(place, len(self.data))
         order = np.random.default_rng([self.args.seed, epoch]).permutation(len(self.data))
         return epoch, int(order[i])
+
+
+class MaskLatents:
+    """z_0 of masks that come again, each view of each encoded once: the autoencoder is frozen.
+
+    One at a time, in float32: a latent does not depend on the batch in which it first came.
+    """
+
+    def __init__(self, model, most=100_000):
+        self.model, self.known, self.most = model, {}, most
+
+    @torch.no_grad()
+    def __call__(self, mask, views):
+        """mask (B, H, W) -> z_0 (B, 4, h, w); None where `views` is, since no mask comes again."""
+        if views is None:
+            return None
+        z_0 = [self.known.get(view) for view in views]
+        for i, view in enumerate(views):
+            if z_0[i] is None:
+                z_0[i] = self.model.encode_mask(mask[i : i + 1])
+                if len(self.known) < self.most:
+                    self.known[view] = z_0[i]
+        return torch.cat(z_0)
 
 
 class Average:
@@ -423,14 +447,15 @@ def main(args):
 
     # 4. The loop; nothing in it waits for the GPU but the log and the validation
     model.train()
-    watch = Watch(optimiser, device)
+    watch, latents = Watch(optimiser, device), MaskLatents(model)
     began = time.monotonic()
-    for step, (image, mask, t, noise) in zip(range(start, args.steps), loader):
+    for step, (image, mask, views, t, noise) in zip(range(start, args.steps), loader):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, args)
+        image, mask = (x.to(device, non_blocking=True) for x in (image, mask))
+        z_0 = latents(mask, views)
         with autocast():
-            loss = net(image.to(device, non_blocking=True), mask.to(device, non_blocking=True),
-                       drawn=(t, noise), latent_weight=args.latent_weight,
+            loss = net(image, mask, drawn=(t, noise), z_0=z_0, latent_weight=args.latent_weight,
                        mask_weight=args.mask_weight)  # fmt: skip
         loss.total.backward()
         watch.step(loss, torch.nn.utils.clip_grad_norm_(trained, 1.0))

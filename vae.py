@@ -57,6 +57,7 @@ class AttnBlock(nn.Module):
     def forward(self, x):
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2) for f in (self.q, self.k, self.v))  # (B, hw, C)
+        q, k, v = (x.contiguous() for x in (q, k, v))  # else PyTorch's fused attention declines
         h = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 

@@ -15,6 +15,7 @@ from PIL import Image
 
 import train
 from common import Refusal
+from data import SegmentationData, find
 from sdseg import SDSeg, SDSegConfig
 from unet import UNetConfig
 from vae import VAEConfig
@@ -172,6 +173,25 @@ def test_two_processes_take_the_step_of_one(place):
     run(place, "one", "--mask-weight", "1", steps=3)
     for p, q in zip(state(place / "one")["trained"], state(place / "two")["trained"]):
         torch.testing.assert_close(p, q, atol=2e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("augment", [None, "flip", "full"])
+def test_mask_latents_are_encoded_once(place, augment, monkeypatch):
+    """z_0 looked up by item and flip is that of the mask at hand; new masks have no look-up."""
+    model = SDSeg(TINY).eval()
+    data = SegmentationData(find(str(place / "own")), "train", 32, augment, seed=0)
+    latents, encoded, encode = train.MaskLatents(model), [], model.encode_mask
+    monkeypatch.setattr(model, "encode_mask", lambda m: encoded.append(len(m)) or encode(m))
+    for epoch in range(12):
+        samples = [(epoch, i) for i in range(len(data))]
+        mask, views = data.batch(samples)["mask"], data.views(samples)
+        z_0 = latents(mask, views)
+        if augment == "full":
+            assert views is None and z_0 is None
+        else:
+            torch.testing.assert_close(z_0, encode(mask))
+    most = {None: 1, "flip": 8, "full": 0}[augment] * len(data)
+    assert most / 2 <= sum(encoded) <= most < 12 * len(data)
 
 
 def test_refusals(place):
