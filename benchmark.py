@@ -39,14 +39,17 @@ if __name__ == "__main__":
 import contextlib
 import ctypes
 import datetime
+import itertools
 import platform
 import statistics
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 
 import train
+from data import SegmentationData, find
 from demo import draw_demo
 from infer import class_ids, predict
 from metrics import dice
@@ -217,7 +220,10 @@ def their_modules(config):
 
 
 def training_step(config, recipe, device):
-    """-> a function of "bf16" or not: one step as train.py takes it, on a batch on the device."""
+    """-> a function of "bf16" or not: one step as train.py takes it, on a batch on the device.
+
+    Where masks come again (see `train.MaskLatents`), their latents are known beforehand.
+    """
     with device:
         model = SDSeg(config)
     model.to(device)
@@ -230,10 +236,12 @@ def training_step(config, recipe, device):
     image = torch.rand(n, 3, size, size, device=device) * 2 - 1
     mask = torch.randint(len(config.classes), (n, size, size), device=device)
     drawn = draw(n, model.latent_shape(), last=recipe["last"])
+    with torch.no_grad():
+        z_0 = None if recipe["augment"] == "full" else model.encode_mask(mask)
 
     def step(bf16):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss = model.loss(image, mask, drawn=drawn, mask_weight=recipe["mask_weight"])
+            loss = model.loss(image, mask, drawn=drawn, z_0=z_0, mask_weight=recipe["mask_weight"])
         loss.total.backward()
         watch.step(loss, torch.nn.utils.clip_grad_norm_(trained, 1.0))
         optimiser.step()
@@ -241,6 +249,15 @@ def training_step(config, recipe, device):
         average.update(watch.steps)
 
     return step
+
+
+def loading(config, recipe, seconds):
+    """Seconds that one process needs for a batch of drawn pictures, cached, with augmentation."""
+    data = SegmentationData(find("demo"), "val", config.image_size, recipe["augment"])
+    with torch.device("meta"):
+        batches = train.Batches(data, SDSeg(config), SimpleNamespace(seed=0, **recipe))
+    step = itertools.count()
+    return medians({"load": lambda: batches[next(step)]}, seconds, torch.device("cpu"))["load"]
 
 
 # ---- the report ----
@@ -309,6 +326,9 @@ def measure(args):
         rates = ", ".join(f"{1 / t:.2f} steps/s in {kind}" for kind, t in times.items())
         print(f"\ntraining, AdamW, moving average, batch {recipe['batch_size']}: {rates}; "
               f"peak {peak} MiB")  # fmt: skip
+        wait = loading(config, recipe, args.seconds)
+        print(f"loading a batch takes one process {1000 * wait:.1f} ms, "
+              f"{wait / min(times.values()):.1%} of a step")  # fmt: skip
 
 
 def main(args):

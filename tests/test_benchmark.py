@@ -38,6 +38,12 @@ def file(model, tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path_factory, monkeypatch):
+    """Drawn pictures are kept where they go away with the tests."""
+    monkeypatch.setenv("SDSEG_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 def report(file, *more):
     flags = ["--model", str(file), "--device", "cpu", "--seconds", "0", "--batch-sizes", "1,2"]
     benchmark.main(benchmark.parse([*flags, *more]))
@@ -83,6 +89,7 @@ def test_the_report(file, capsys):
         assert what == "10 steps" or sum(shares) == pytest.approx(100, abs=0.2)
     assert len(re.findall(r"^peak memory \d+ MiB", text, re.M)) == 2
     assert re.search(r"^training, .* steps/s in fp32; peak \d+ MiB", text, re.M)
+    assert re.search(r"^loading a batch takes one process [\d.]+ ms, [\d.]+% of a step", text, re.M)
 
 
 def test_lower_precision_is_compared_with_the_same_pictures_in_float32(file):
