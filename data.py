@@ -485,7 +485,7 @@ class SegmentationData(torch.utils.data.Dataset):
 
 def turn_of(draw):
     """Which of the 8 symmetries of a square an item is seen in."""
-    return 4 * (draw[0] < 0.5) + int(draw[1] * 4)
+    return 4 * int(draw[0] < 0.5) + int(draw[1] * 4)
 
 
 def turn(image, mask, view):

@@ -194,6 +194,15 @@ def test_mask_latents_are_encoded_once(place, augment, monkeypatch):
     assert most / 2 <= sum(encoded) <= most < 12 * len(data)
 
 
+@pytest.mark.parametrize("augment, most", [("none", 16), ("flip", 16 * 8)])
+def test_a_run_knows_the_masks_it_has_seen(place, augment, most, monkeypatch):
+    """Through the loader, too: 48 steps of 4 over 16 items encode no view of a mask twice."""
+    encoded, encode = [], SDSeg.encode_mask
+    monkeypatch.setattr(SDSeg, "encode_mask", lambda m, x: encoded.append(len(x)) or encode(m, x))
+    run(place, "run", "--augment", augment, "--eval-every", "48", steps=48)
+    assert most / 2 <= sum(encoded) <= most
+
+
 def test_refusals(place):
     """What cannot be done is said in one line before anything is trained."""
     run(place, "run", steps=2)
