@@ -484,12 +484,14 @@ class SegmentationData(torch.utils.data.Dataset):
 
 
 def turn_of(draw):
-    """Which of the 8 symmetries of a square an item is seen in."""
+    """Which of the 8 symmetries of a square an item is seen in; no NumPy int, of which a DataLoader
+    would make a tensor.
+    """
     return 4 * int(draw[0] < 0.5) + int(draw[1] * 4)
 
 
 def turn(image, mask, view):
-    """Flip left to right or not, and a number of quarter turns: image and mask by the same draw."""
+    """Flip left to right or not, and a number of quarter turns: image and mask alike."""
     flip, quarters = divmod(view, 4)
     return tuple(np.rot90(x[:, :: -1 if flip else 1], quarters).copy() for x in (image, mask))
 
