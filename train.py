@@ -126,7 +126,7 @@ class MaskLatents:
     """z_0 of masks that come again, each view of each encoded once: the autoencoder is frozen.
 
     One at a time, in float32: a latent does not depend on the batch in which it first came. At
-    most `most` are kept, 16 kB each at 256 px.
+    most `most` are kept, 16 kB each at 256 px, 64 kB for nano.
     """
 
     def __init__(self, model, most=100_000):
