@@ -6,7 +6,7 @@ run, so that whatever else the machine does falls on all alike. With diffusers i
 `--diffusers` also times its modules of the same sizes, as they come, inside our sampler.
 """
 
-from common import Parser, Refusal, run
+from common import Parser, Refusal, duration, run
 
 
 def positive_list(text):
@@ -29,6 +29,8 @@ def parse(argv=None):
         help="of inference (default: 1,8)")  # fmt: skip
     add("--seconds", type=float, default=5.0, help="for each measurement")
     add("--train", action="store_true", help="also measure training, with the preset's recipe")
+    add("--compile", action="store_true",
+        help="also time networks that torch.compile has made: minutes more")  # fmt: skip
     add("--diffusers", action="store_true", help="also time diffusers' modules, if installed")
     return parser.parse_args(argv)
 
@@ -37,6 +39,7 @@ if __name__ == "__main__":
     ARGS = parse()  # before the heavy imports, so that --help and a wrong flag answer at once
 
 import contextlib
+import copy
 import ctypes
 import datetime
 import itertools
@@ -57,6 +60,7 @@ from sdseg import PRESETS, SDSeg, T, draw, find_device, has_fast_bf16, inference
 from studies import peak_memory
 
 PARTS = ("tau", "U-Net", "decoder")
+DIFFERENCE = "Dice {:.4f} between the masks; the scores differ by {:.5f} on average, {:.4f} at most"
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 
 
@@ -150,18 +154,17 @@ def load(args, device):
         return SDSeg(PRESETS[args.preset]).eval().to_precision(device)
 
 
-def lower(model, device, precision, n=4):
-    """Lower the model's precision -> Dice between the masks, the scores' mean and largest change.
-
-    Of n drawn pictures, from the same noise.
-    """
+def scores_of_drawn(model, n=4):
+    """The scores of n drawn pictures, always from the same noise."""
     images = [draw_demo(seed, model.config.image_size)[0] for seed in range(n)]
-    exact, _ = predict(model, images, 1, 1, 0)
-    model.to_precision(device, precision)
-    rough, _ = predict(model, images, 1, 1, 0)
-    pairs = [(class_ids(a.numpy()), class_ids(b.numpy())) for a, b in zip(exact, rough)]
-    change, k = (exact - rough).abs(), len(model.config.classes)
-    same = sum(dice(b, a, k).mean() for a, b in pairs) / n
+    return predict(model, images, 1, 1, 0)[0]
+
+
+def difference(scores, exact):
+    """-> Dice between the masks, the scores' mean and largest change."""
+    pairs = [(class_ids(a.numpy()), class_ids(b.numpy())) for a, b in zip(scores, exact)]
+    k, change = max(2, exact.shape[1]), (scores - exact).abs()
+    same = sum(dice(a, b, k).mean() for a, b in pairs) / len(pairs)
     return same, change.mean().item(), change.max().item()
 
 
@@ -219,7 +222,7 @@ def their_modules(config):
     return vae, diffusers.UNet2DModel(**sizes)
 
 
-def training_step(config, recipe, device):
+def training_step(config, recipe, device, compiled=False):
     """-> a function of "bf16" or not: one step as train.py takes it, on a batch on the device.
 
     Where masks come again (see `train.MaskLatents`), their latents are known beforehand.
@@ -238,6 +241,8 @@ def training_step(config, recipe, device):
     drawn = draw(n, model.latent_shape(), last=recipe["last"])
     with torch.no_grad():
         z_0 = None if recipe["augment"] == "full" else model.encode_mask(mask)
+    if compiled:
+        model.compile()
 
     def step(bf16):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -292,9 +297,10 @@ def measure(args):
     config, dtype = model.config, inference_dtype(device, args.precision)
     describe(model, device, NAMES[dtype], args.model)
     if dtype != torch.float32:
-        same, mean, most = lower(model, device, NAMES[dtype])
-        print(f"{NAMES[dtype]} against fp32: Dice {same:.4f} between the masks; the scores differ "
-              f"by {mean:.5f} on average, {most:.4f} at most")  # fmt: skip
+        exact = scores_of_drawn(model)
+        model.to_precision(device, NAMES[dtype])
+        words = DIFFERENCE.format(*difference(scores_of_drawn(model), exact))
+        print(f"{NAMES[dtype]} against fp32: {words}")
 
     # 2. Memory, before anything else takes some
     size, peaks = config.image_size, {}
@@ -304,6 +310,12 @@ def measure(args):
 
     # 3. Speed
     models = {"ours": model}
+    if args.compile:
+        models["compiled"] = copy.deepcopy(model)
+        models["compiled"].compile(mode="reduce-overhead")
+        exact, began = scores_of_drawn(model), time.perf_counter()
+        words = DIFFERENCE.format(*difference(scores_of_drawn(models["compiled"]), exact))
+        print(f"compiled in {duration(time.perf_counter() - began)} a batch size: {words}")
     if args.diffusers and config.fusion == "concat":
         try:
             for kind in dict.fromkeys((torch.float32, dtype)):
@@ -317,11 +329,16 @@ def measure(args):
     if args.train:
         del model, models
         recipe = train.NANO if config.preset == "nano" else train.PAPER
-        step, fast = training_step(config, recipe, device), has_fast_bf16(device)
-        peak = peak_of(lambda: step(fast), device)
-        calls = {"bf16 autocast" if fast else "fp32": lambda: step(fast)}
+        fast = has_fast_bf16(device)
+        kind = "bf16 autocast" if fast else "fp32"
+        step = training_step(config, recipe, device, args.compile)
+        plain = torch.compiler.set_stance("force_eager")(step) if args.compile else step
+        peak = peak_of(lambda: plain(fast), device)
+        calls = {kind: lambda: plain(fast)}
         if device.type == "cpu":  # on a GPU float32 may not fit
-            calls["fp32"] = lambda: step(False)
+            calls["fp32"] = lambda: plain(False)
+        if args.compile:
+            calls[f"{kind}, compiled"] = lambda: step(fast)
         times = medians(calls, args.seconds, device)
         rates = ", ".join(f"{1 / t:.2f} steps/s in {kind}" for kind, t in times.items())
         print(f"\ntraining, AdamW, moving average, batch {recipe['batch_size']}: {rates}; "

@@ -60,6 +60,8 @@ def parse(argv=None):
     add = parser.group("machine")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"],
         help="auto: bf16 autocast where the hardware has it")  # fmt: skip
+    add("--compile", action="store_true",
+        help="with torch.compile: minutes at the start, for long runs on a GPU")  # fmt: skip
     add("--workers", type=int, help="processes that load data (default: 0 on a CPU, 4 a GPU)")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     args = parser.parse_args(argv)
@@ -78,6 +80,7 @@ import shutil
 import signal
 import time
 import warnings
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -437,6 +440,9 @@ def main(args):
     if args.resume:
         start, best = restore(Path(args.resume), trained, average, optimiser, train_data.key)
         say(f"resumed at step {start}, best validation Dice {best:.4f}")
+    if args.compile:
+        model.compile()
+    uncompiled = partial(torch.compiler.set_stance, "force_eager") if args.compile else nullcontext
     net = DistributedDataParallel(model) if world > 1 else model
     workers = args.workers if args.workers is not None else 4 * (device.type == "cuda")
     loader = torch.utils.data.DataLoader(
@@ -473,8 +479,9 @@ def main(args):
         if rank == 0 and (done % args.eval_every == 0 or last):
             average.swap()
             model.eval()
-            score = validate(model, val_data, device, autocast)
-            strip = sample_strip(model, val_data, device)
+            with uncompiled():  # else it would be compiled anew, for other batch sizes
+                score = validate(model, val_data, device, autocast)
+                strip = sample_strip(model, val_data, device)
             write_image(out / "samples" / f"{done:06d}.png", strip)
             if score > best:
                 best = score
@@ -496,6 +503,8 @@ def main_within_memory(args):
     try:
         return main(args)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if args.compile and ("C compiler" in str(error) or "C++ compiler" in str(error)):
+            raise Refusal("--compile needs a C++ compiler, and none is found") from None
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         half = max(1, args.batch_size // 2)

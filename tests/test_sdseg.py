@@ -285,6 +285,37 @@ def test_bfloat16_gives_nearly_the_same_scores(fusion):
     assert (exact - rounded).abs().mean() < 0.01
 
 
+def test_compiling_changes_no_number_and_no_name():
+    """The networks can be captured whole (SD's: test_train.py); the weights' names stay."""
+    model = tiny(unet=replace(TINY.unet, family="ldm"))
+    image, mask = torch.rand(2, 3, 32, 32) * 2 - 1, torch.randint(2, (2, 32, 32))
+
+    def numbers():
+        torch.manual_seed(0)
+        loss = model.loss(image, mask, mask_weight=1.0, last=0.5).total
+        gradients = torch.autograd.grad(loss, list(model.tau.parameters()))
+        return [model.segment(image), loss, *gradients]
+
+    plain, names = numbers(), list(model.state_dict())
+    torch.compiler.reset()  # its cache is the process's
+    model.compile(backend="eager")
+    for a, b in zip(numbers(), plain, strict=True):
+        assert torch.equal(a, b)
+    assert list(model.state_dict()) == names
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_cuda_graphs_give_the_same_scores():
+    """Compiled for short latency, and called again and again, every call its own result."""
+    model = tiny().to_precision("cuda")
+    images = torch.rand(5, 2, 3, 32, 32, device="cuda") * 2 - 1
+    plain = [model.segment(x, generator=torch.Generator().manual_seed(0)) for x in images]
+    model.compile(mode="reduce-overhead")
+    made = [model.segment(x, generator=torch.Generator().manual_seed(0)) for x in images]
+    for a, b in zip(made, plain, strict=True):
+        assert relative(a, b) < 1e-3
+
+
 def test_presets_are_the_published_sizes():
     """860 M and 294 M parameters in the U-Nets of the paper, and a nano model under 32 MB."""
     sizes = {}

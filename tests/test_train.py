@@ -120,6 +120,25 @@ def test_resume_is_exact(place, monkeypatch):
     assert steps == sorted(steps, key=int) and steps[-1] == "6"
 
 
+def test_a_compiled_run_is_the_same_run(place, monkeypatch):
+    """--compile runs every step through the compiled networks, and no validation; same bits."""
+    run(place, "plain")
+    graphs, calls = [], []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return lambda *inputs: calls.append(len(graphs)) or graph(*inputs)
+
+    torch.compiler.reset()  # its cache is the process's
+    compile_with = SDSeg.compile
+    monkeypatch.setattr(SDSeg, "compile", lambda self: compile_with(self, backend=backend))
+    run(place, "compiled", "--compile")
+    assert len(calls) == 3 * 6  # networks, steps
+    assert same(state(place / "plain"), state(place / "compiled"))
+    rows = [(place / name / "log.csv").read_text().splitlines() for name in ("plain", "compiled")]
+    assert [r.split(",")[1:6] for r in rows[0]] == [r.split(",")[1:6] for r in rows[1]]
+
+
 def test_a_killed_run_goes_on_from_its_last_save(place, monkeypatch):
     """Death between saves loses the steps since the last one, and the end is the same bits."""
     run(place, "whole")
