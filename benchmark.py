@@ -225,7 +225,8 @@ def their_modules(config):
 def training_step(config, recipe, device, compiled=False):
     """-> a function of "bf16" or not: one step as train.py takes it, on a batch on the device.
 
-    Where masks come again (see `train.MaskLatents`), their latents are known beforehand.
+    Where masks come again (see `train.MaskLatents`), their latents are known beforehand. With
+    `compiled`, the networks are as `train.py --compile` has them.
     """
     with device:
         model = SDSeg(config)

@@ -280,10 +280,10 @@ class SDSeg(nn.Module):
         return self
 
     def compile(self, **options):
-        """Have torch.compile, with these options, make tau, the U-Net and the decoder faster.
+        """Hand tau, the U-Net and the decoder to torch.compile, with its options, in place.
 
-        Each then costs a minute or more at its first call with a batch of a new size, and needs a
-        C++ compiler. mode="reduce-overhead" makes one CUDA graph of each: for short latency.
+        The first calls with batches of a new size then take minutes, and need a C++ compiler.
+        mode="reduce-overhead" makes a CUDA graph of each network, for short latency.
         """
         for part in (self.tau, self.unet, self.vae.decoder):
             part.compile(fullgraph=True, **options)

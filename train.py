@@ -498,13 +498,15 @@ def main(args):
     say(f"done: {out / 'model.safetensors'}, validation Dice {best:.4f}")
 
 
-def main_within_memory(args):
-    """`main`, with what a user can do about a full memory instead of a traceback."""
+def main_or_refusal(args):
+    """`main`, with what a user can do about a full memory, or no compiler, not a traceback."""
     try:
         return main(args)
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if args.compile and ("C compiler" in str(error) or "C++ compiler" in str(error)):
-            raise Refusal("--compile needs a C++ compiler, and none is found") from None
+            raise Refusal(
+                "--compile needs a C++ compiler, and none is found; train without it"
+            ) from None
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         half = max(1, args.batch_size // 2)
@@ -512,4 +514,4 @@ def main_within_memory(args):
 
 
 if __name__ == "__main__":
-    run(lambda: main_within_memory(ARGS))
+    run(lambda: main_or_refusal(ARGS))

@@ -123,11 +123,14 @@ def test_resume_is_exact(place, monkeypatch):
 def test_a_compiled_run_is_the_same_run(place, monkeypatch):
     """--compile runs every step through the compiled networks, and no validation; same bits."""
     run(place, "plain")
-    graphs, calls = [], []
+    calls = []
 
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return lambda *inputs: calls.append(len(graphs)) or graph(*inputs)
+    def backend(graph, examples):
+        def network(*inputs):
+            calls.append(graph)
+            return graph(*inputs)
+
+        return network
 
     torch.compiler.reset()  # its cache is the process's
     compile_with = SDSeg.compile
@@ -137,6 +140,25 @@ def test_a_compiled_run_is_the_same_run(place, monkeypatch):
     assert same(state(place / "plain"), state(place / "compiled"))
     rows = [(place / name / "log.csv").read_text().splitlines() for name in ("plain", "compiled")]
     assert [r.split(",")[1:6] for r in rows[0]] == [r.split(",")[1:6] for r in rows[1]]
+
+
+@pytest.mark.parametrize("error, advice", [
+    (torch.OutOfMemoryError("CUDA out of memory"), "--batch-size 2"),
+    (RuntimeError("No working C++ compiler found"), "without it"),
+])  # fmt: skip
+def test_what_a_user_can_mend_is_one_line(place, monkeypatch, error, advice):
+    """Too little memory, and no compiler for --compile; any other error stays what it is."""
+    args = train.parse(arguments(place, "run", "--compile"))
+
+    def fail(args):
+        raise error
+
+    monkeypatch.setattr(train, "main", fail)
+    with pytest.raises(Refusal, match=advice):
+        train.main_or_refusal(args)
+    error = RuntimeError("shapes differ")
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        train.main_or_refusal(args)
 
 
 def test_a_killed_run_goes_on_from_its_last_save(place, monkeypatch):
