@@ -98,7 +98,7 @@ def inference(models, n, seconds, device):
     DDIM with 10 steps is timed for the first model alone.
     """
     size = next(iter(models.values())).config.image_size
-    image = torch.rand(n, 3, size, size, device=device) * 2 - 1
+    image = torch.rand(n, size, size, 3, device=device).permute(0, 3, 1, 2) * 2 - 1  # as `predict`
     t, calls = torch.full((n,), T - 1, device=device), {}
     with torch.no_grad():
         for name, m in models.items():
@@ -157,7 +157,7 @@ def load(args, device):
 def scores_of_drawn(model, n=4):
     """The scores of n drawn pictures, always from the same noise."""
     images = [draw_demo(seed, model.config.image_size)[0] for seed in range(n)]
-    return predict(model, images, 1, 1, 0)[0]
+    return torch.cat([predict(model, [image], 1, 1, 0)[0] for image in images])
 
 
 def difference(scores, exact):
@@ -230,11 +230,11 @@ def training_step(config, recipe, device, compiled=False):
     """
     with device:
         model = SDSeg(config)
-    model.to(device)
+    model.to(device=device, memory_format=torch.channels_last if compiled else None)
     for name, p in model.unet.named_parameters():
         p.requires_grad_(config.fusion == "cross" or not (".attn2." in name or ".norm2." in name))
     trained = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(trained, lr=recipe["lr"], fused=device.type != "mps")
+    optimiser = torch.optim.AdamW(trained, lr=recipe["lr"], fused=True)
     average, watch = train.Average(trained, recipe["ema"]), train.Watch(optimiser, device)
     n, size = recipe["batch_size"], config.image_size
     image = torch.rand(n, 3, size, size, device=device) * 2 - 1
@@ -243,7 +243,7 @@ def training_step(config, recipe, device, compiled=False):
     with torch.no_grad():
         z_0 = None if recipe["augment"] == "full" else model.encode_mask(mask)
     if compiled:
-        model.compile()
+        model.compile(mode="reduce-overhead")
 
     def step(bf16):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
@@ -313,10 +313,11 @@ def measure(args):
     models = {"ours": model}
     if args.compile:
         models["compiled"] = copy.deepcopy(model)
-        models["compiled"].compile(mode="reduce-overhead")
+        models["compiled"].compile(mode="reduce-overhead", dynamic=False)
         exact, began = scores_of_drawn(model), time.perf_counter()
         words = DIFFERENCE.format(*difference(scores_of_drawn(models["compiled"]), exact))
-        print(f"compiled in {duration(time.perf_counter() - began)} a batch size: {words}")
+        print(f"compiled in {duration(time.perf_counter() - began)} a batch size: {words}",
+              flush=True)  # fmt: skip
     if args.diffusers and config.fusion == "concat":
         try:
             for kind in dict.fromkeys((torch.float32, dtype)):
@@ -329,24 +330,33 @@ def measure(args):
     # 4. Training, once the memory is free again
     if args.train:
         del model, models
-        recipe = train.NANO if config.preset == "nano" else train.PAPER
-        fast = has_fast_bf16(device)
-        kind = "bf16 autocast" if fast else "fp32"
-        step = training_step(config, recipe, device, args.compile)
-        plain = torch.compiler.set_stance("force_eager")(step) if args.compile else step
-        peak = peak_of(lambda: plain(fast), device)
-        calls = {kind: lambda: plain(fast)}
-        if device.type == "cpu":  # on a GPU float32 may not fit
-            calls["fp32"] = lambda: plain(False)
-        if args.compile:
-            calls[f"{kind}, compiled"] = lambda: step(fast)
-        times = medians(calls, args.seconds, device)
-        rates = ", ".join(f"{1 / t:.2f} steps/s in {kind}" for kind, t in times.items())
-        print(f"\ntraining, AdamW, moving average, batch {recipe['batch_size']}: {rates}; "
-              f"peak {peak} MiB")  # fmt: skip
-        wait = loading(config, recipe, args.seconds)
-        print(f"loading a batch takes one process {1000 * wait:.1f} ms, "
-              f"{wait / min(times.values()):.1%} of a step")  # fmt: skip
+        measure_training(config, device, args.seconds, args.compile)
+
+
+def measure_training(config, device, seconds, compiled):
+    """Print the steps a second of a preset's recipe, its peak of memory, and what loading takes."""
+    recipe = train.NANO if config.preset == "nano" else train.PAPER
+    fast = has_fast_bf16(device)
+    kind = "bf16 autocast" if fast else "fp32"
+    step = training_step(config, recipe, device, compiled)
+    plain = torch.compiler.set_stance("force_eager")(step) if compiled else step
+    peak = peak_of(lambda: plain(fast), device)
+    calls = {kind: lambda: plain(fast)}
+    if device.type == "cpu":  # on a GPU float32 may not fit
+        calls["fp32"] = lambda: plain(False)
+    if compiled:
+        began = time.perf_counter()
+        made_peak = peak_of(lambda: [step(fast) for _ in range(3)], device)  # then graphs are made
+        took = duration(time.perf_counter() - began)
+        print(f"\ntraining compiled in {took}; peak {made_peak} MiB", end="")
+        calls[f"{kind}, compiled"] = lambda: step(fast)
+    times = medians(calls, seconds, device)
+    rates = ", ".join(f"{1 / t:.2f} steps/s in {name}" for name, t in times.items())
+    print(f"\ntraining, AdamW, moving average, batch {recipe['batch_size']}: {rates}; "
+          f"peak {peak} MiB")  # fmt: skip
+    wait = loading(config, recipe, seconds)
+    print(f"loading a batch takes one process {1000 * wait:.1f} ms, "
+          f"{wait / min(times.values()):.1%} of a step")  # fmt: skip
 
 
 def main(args):

@@ -369,6 +369,12 @@ def watch_signals():
     return caught
 
 
+def ignore_signals(worker):
+    """In a process that loads data: Ctrl-C and SLURM reach all, but the run alone may decide."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def make_model(args, found):
     """The model to train, its data set's properties in the config, mask scale still to be set."""
     model = start_from(
@@ -417,7 +423,7 @@ def main(args):
     augment = None if args.augment == "none" else args.augment
     train_data = SegmentationData(found, "train", size, augment, args.seed)
     val_data = SegmentationData(found, "val", size)
-    model.to(device)
+    model.to(device=device, memory_format=torch.channels_last if args.compile else None)
     scale = 1 / mask_std(model, train_data)
     model.config = replace(model.config, mask_scale=scale)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -434,20 +440,21 @@ def main(args):
         f"processes: {world}; {args.steps} steps of {args.batch_size}")  # fmt: skip
 
     # 3. Optimiser, average, and where a resumed run left off
-    optimiser = torch.optim.AdamW(trained, lr=args.lr, fused=device.type != "mps")
+    optimiser = torch.optim.AdamW(trained, lr=args.lr, fused=True)
     average = Average(trained, args.ema)
     start, best = 0, -1.0
     if args.resume:
         start, best = restore(Path(args.resume), trained, average, optimiser, train_data.key)
         say(f"resumed at step {start}, best validation Dice {best:.4f}")
-    if args.compile:
-        model.compile()
+    if args.compile:  # with CUDA graphs on one GPU; several exchange gradients in the middle
+        model.compile(mode="reduce-overhead" if world == 1 else "default")
     uncompiled = partial(torch.compiler.set_stance, "force_eager") if args.compile else nullcontext
     net = DistributedDataParallel(model) if world > 1 else model
     workers = args.workers if args.workers is not None else 4 * (device.type == "cuda")
     loader = torch.utils.data.DataLoader(
         Batches(train_data, model, args, rank, world), batch_size=None,
         sampler=range(start, args.steps), num_workers=workers, pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_signals,
     )  # fmt: skip
     log = Log(out / "log.csv", start, args.steps) if rank == 0 else None
     caught = watch_signals()
@@ -493,7 +500,7 @@ def main(args):
             state |= {"trained": [p.detach() for p in trained], "optimiser": optimiser.state_dict()}
             with whole_file(out / "resume.pt") as path:
                 torch.save(state, path)
-        if caught:
+        if last and caught:  # a signal that came since `last` was set waits for the next step
             return 128 + caught[0]
     say(f"done: {out / 'model.safetensors'}, validation Dice {best:.4f}")
 
