@@ -103,11 +103,12 @@ def inference(models, n, seconds, device):
     with torch.no_grad():
         for name, m in models.items():
             z = m.condition(image)
+            noise = torch.randn_like(z[0]).expand_as(z)  # as `sample`, lest it be compiled anew
             calls[name, "1 step"] = lambda m=m: m.segment(image)
             if len(calls) == 1:
                 calls[name, "10 steps"] = lambda m=m: m.segment(image, steps=10)
             calls[name, "tau"] = lambda m=m: m.condition(image)
-            calls[name, "U-Net"] = lambda m=m, z=z: m.denoise(z, t, z)
+            calls[name, "U-Net"] = lambda m=m, z=z, n=noise: m.denoise(n, t, z)
             calls[name, "decoder"] = lambda m=m, z=z: m.decode_mask(z)
         return medians(calls, seconds, device)
 
