@@ -439,6 +439,7 @@ def main(args):
     augment = None if args.augment == "none" else args.augment
     train_data = SegmentationData(found, "train", size, augment, args.seed)
     val_data = SegmentationData(found, "val", size)
+    # Not without --compile: on a GPU every group norm would copy such a tensor twice
     model.to(device=device, memory_format=torch.channels_last if args.compile else None)
     scale = 1 / mask_std(model, train_data)
     model.config = replace(model.config, mask_scale=scale)

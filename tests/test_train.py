@@ -137,7 +137,7 @@ def test_a_signal_to_all_its_processes_stops_a_run_in_order(place):
 
 
 def test_the_round_trip_of_masks_is_told(place, monkeypatch, capsys):
-    """Dice 1 where decoding undoes encoding, 0 where it loses the mask: the second line printed."""
+    """Dice 1 where decoding undoes encoding, 0 where it loses the mask; a run prints it."""
     told = r"rebuilds masks with Dice (\d\.\d{3})"
     monkeypatch.setattr(SDSeg, "encode_mask", SDSeg.paint)
     for sign in (1, -1):
@@ -151,7 +151,9 @@ def test_the_round_trip_of_masks_is_told(place, monkeypatch, capsys):
 
 
 def test_a_compiled_run_is_the_same_run(place, monkeypatch):
-    """--compile runs every step through the compiled networks, and no validation; same losses."""
+    """--compile runs every step through the compiled networks, and no validation; same bits as
+    its memory format gives without, and the losses of a plain run.
+    """
     run(place, "plain")
     calls = []
 
@@ -164,9 +166,12 @@ def test_a_compiled_run_is_the_same_run(place, monkeypatch):
 
     torch.compiler.reset()  # its cache is the process's
     compile_with = SDSeg.compile
+    monkeypatch.setattr(SDSeg, "compile", lambda self, mode: None)
+    run(place, "laid out", "--compile")
     monkeypatch.setattr(SDSeg, "compile", lambda self, mode: compile_with(self, backend=backend))
     run(place, "compiled", "--compile")
     assert len(calls) == 3 * 6  # networks, steps
+    assert same(state(place / "laid out"), state(place / "compiled"))
     logs = [csv.DictReader((place / name / "log.csv").open()) for name in ("plain", "compiled")]
     plain, compiled = ([float(r["loss"]) for r in log if r["loss"]] for log in logs)
     assert len(plain) == 3 and compiled == pytest.approx(plain, rel=1e-4)
