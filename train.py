@@ -271,10 +271,10 @@ def settings(args):
 
 
 class Watch:
-    """Sums of the losses since the last line of the log, and the guard against non-finite steps.
+    """Sums of the losses since the last line of the log, and the guard against bad gradients.
 
-    A step whose gradient norm is not finite is skipped inside the fused optimiser, as a
-    GradScaler does it, so that the loop need not wait for the GPU to know.
+    The fused optimiser, which knows both for GradScaler's sake, divides the gradients so that
+    their norm is at most 1, and skips a step whose norm is not finite; the loop need not wait.
     """
 
     names = ("loss", "noise", "latent", "mask", "late")
@@ -289,7 +289,7 @@ class Watch:
     def step(self, loss, norm):
         bad = ~torch.isfinite(norm)
         self.optimiser.found_inf = bad.float()
-        self.optimiser.grad_scale = torch.ones_like(norm)
+        self.optimiser.grad_scale = norm.clamp(min=1)
         values = torch.cat([torch.stack(loss[:4]), loss.late, bad.float()[None]])
         self.sums += torch.where(bad, self.one_skipped, values)
         self.steps += 1
@@ -492,7 +492,7 @@ def main(args):
             loss = net(image, mask, drawn=(t, noise), z_0=z_0, latent_weight=args.latent_weight,
                        mask_weight=args.mask_weight)  # fmt: skip
         loss.total.backward()
-        watch.step(loss, torch.nn.utils.clip_grad_norm_(trained, 1.0))
+        watch.step(loss, torch.nn.utils.get_total_norm([p.grad for p in trained]))
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         average.update(step)

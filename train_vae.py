@@ -13,6 +13,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("--data", required=True, help="a data set as in train.py; its training part is used")
     add("--root", default="data", help="where the data sets lie")
+    add("--init", metavar="FILE", help="weights whose autoencoder to go on with (default: random)")
     add("--out", default="runs/vae/vae.safetensors", help="the file to write")
     add("--steps", type=int, default=2000, help="optimiser steps")
     add("--batch-size", type=int, default=8, help="a quarter images, the rest class maps")
@@ -41,8 +42,15 @@ import torch.nn.functional as F
 from checkpoint import write_weights
 from data import SegmentationData, find, write_image
 from metrics import dice
-from sdseg import MAX_CLASSES, PRESETS, SDSeg, class_colours, find_device, has_fast_bf16
-from vae import AutoencoderKL
+from sdseg import (
+    MAX_CLASSES,
+    PRESETS,
+    SDSeg,
+    class_colours,
+    find_device,
+    has_fast_bf16,
+    start_from,
+)
 
 
 def colour_maps(mask, generator):
@@ -100,10 +108,10 @@ def main(args):
     val_data = SegmentationData(found, "val", args.size)
 
     # 2. Model and optimiser; SDSeg lends the colours of its masks
-    config = replace(PRESETS["nano"], classes=found.classes, image_size=args.size)
-    vae = AutoencoderKL(config.vae).to(device)
-    judge = SDSeg(config).to(device)
-    judge.vae = vae
+    own = {"classes": found.classes, "image_size": args.size}
+    new = SDSeg(replace(PRESETS["nano"], **own)) if args.init is None else None
+    judge = (new or start_from(args.init, fresh=True, **own)).to(device)
+    vae = judge.vae.requires_grad_()
     optimiser = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0)
     print(f"{found.name}: {len(train_data)} training items; autoencoder of "
           f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M on {device}, "
@@ -137,7 +145,7 @@ def main(args):
             print(f"step {done}  l1 {l1.item():.4f}  kl {kl.item():.2f}  masks' round trip: Dice "
                   f"{score:.4f}, std {std:.2f}  {duration(left)} left", flush=True)  # fmt: skip
     names = {f"vae.{k}": v for k, v in vae.state_dict().items()}
-    write_weights(args.out, names, config)
+    write_weights(args.out, names, judge.config)
     write_image(Path(args.out).with_suffix(".png"), pairs(vae, x))
     print(f"done: {args.out}, {duration(time.monotonic() - began)}")
 

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from vae import GroupNorm
+
 
 @dataclass(frozen=True)
 class UNetConfig:
@@ -36,7 +38,7 @@ def timestep_embedding(t, dim):
 
 
 def norm(channels, eps=1e-5):
-    return nn.GroupNorm(32, channels, eps=eps)
+    return GroupNorm(32, channels, eps=eps)
 
 
 def attention(q, k, v, heads):

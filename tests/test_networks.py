@@ -1,11 +1,13 @@
 """The networks compute what the original ones compute, from the same named weights."""
 
+import pytest
 import torch
+import torch.nn.functional as F
 from conftest import golden, golden_weights
 
 from sdseg import widen_conv_in
 from unet import UNet, UNetConfig
-from vae import AutoencoderKL, VAEConfig, VisionEncoder
+from vae import AutoencoderKL, VAEConfig, VisionEncoder, group_norm_by_channel
 
 VAE_TINY = VAEConfig(32, (1, 2, 2), 1)
 SD_TINY = UNetConfig("sd", 8, 4, 32, (1, 2, 4, 4), 2, (1, 2, 4), 8, 48)
@@ -86,3 +88,21 @@ def test_widened_unet_ignores_the_image_at_first():
     expected = narrow(z_t, t)
     for z_c in (torch.randn(2, 4, 8, 8), 100 * torch.randn(2, 4, 8, 8)):
         torch.testing.assert_close(wide(torch.cat([z_t, z_c], 1), t), expected)
+
+
+@pytest.mark.parametrize(
+    "shape, groups", [((2, 64, 9, 7), 32), ((3, 96, 1, 1), 32), ((1, 8, 5, 5), 1)]
+)
+def test_group_norm_by_channel_is_group_norm(shape, groups):
+    """The form for compiled kernels gives PyTorch's values and gradients, far from zero too."""
+    torch.manual_seed(0)
+    x = (torch.randn(shape) * torch.rand(shape[1])[:, None, None] + 20).requires_grad_()
+    weight, bias = (torch.randn(shape[1]).requires_grad_() for _ in range(2))
+    of = (x, weight, bias)
+    exact = F.group_norm(x.double(), groups, weight.double(), bias.double(), 1e-6)
+    made = group_norm_by_channel(x, groups, weight, bias, 1e-6)
+    assert made.dtype == torch.float32
+    torch.testing.assert_close(made.double(), exact, atol=1e-4, rtol=0)
+    direction = torch.randn(shape)
+    for a, b in zip(*(torch.autograd.grad(y, of, direction.to(y.dtype)) for y in (made, exact))):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)

@@ -17,7 +17,7 @@ from PIL import Image
 import train
 from common import Refusal
 from data import SegmentationData, find
-from sdseg import SDSeg, SDSegConfig
+from sdseg import Loss, SDSeg, SDSegConfig
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -235,6 +235,32 @@ def test_a_non_finite_step_is_skipped(place, monkeypatch):
     bad.update(range(100))
     with pytest.raises(Refusal, match="not finite"):
         run(place, "bad")
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e3])
+def test_gradients_are_clipped_to_norm_one(size):
+    """Two steps inside the optimiser equal two with clip_grad_norm_; small gradients stay."""
+    runs = []
+    for inside in (True, False):
+        torch.manual_seed(0)
+        p = [torch.nn.Parameter(torch.randn(n)) for n in (5, 70)]
+        optimiser = torch.optim.AdamW(
+            p, lr=0.1, eps=1.0, fused=True
+        )  # lets the size of a step show
+        watch = train.Watch(optimiser, torch.device("cpu"))
+        zero = torch.zeros(())
+        for _ in range(2):
+            for x in p:
+                x.grad = size * torch.randn_like(x)
+            if inside:
+                norm = torch.nn.utils.get_total_norm([x.grad for x in p])
+                watch.step(Loss(zero, zero, zero, zero, torch.zeros(2)), norm)
+            else:
+                torch.nn.utils.clip_grad_norm_(p, 1.0)
+            optimiser.step()
+        runs.append(p)
+    for a, b in zip(*runs, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_two_processes_take_the_step_of_one(place):

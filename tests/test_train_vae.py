@@ -1,0 +1,52 @@
+"""The small autoencoder: it learns, its file is whole, and another run goes on from it."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train_vae
+from checkpoint import read_weights
+from sdseg import SDSegConfig, start_from
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A function of flags: trains on 20 pictures with a rectangle each -> config and weights."""
+    monkeypatch.setenv("SDSEG_CACHE", str(tmp_path / "cache"))
+    rng = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / "own" / folder).mkdir(parents=True)
+    for i in range(20):
+        mask = np.zeros((32, 32), np.uint8)
+        top, left = rng.integers(0, 16, 2)
+        mask[top : top + 14, left : left + 14] = 255
+        picture = np.repeat(mask[..., None] // 2 + 40, 3, axis=2)
+        Image.fromarray(picture).save(tmp_path / "own/images" / f"{i}.png")
+        Image.fromarray(mask).save(tmp_path / "own/masks" / f"{i}.png")
+
+    def train_with(*flags):
+        out = str(tmp_path / "vae.safetensors")
+        fixed = ["--data", str(tmp_path / "own"), "--size", "32", "--batch-size", "8"]
+        fixed += ["--device", "cpu", "--precision", "fp32", "--log-every", "15", "--out", out]
+        train_vae.main(train_vae.parse([*fixed, *flags]))
+        return read_weights(out, SDSegConfig)
+
+    return train_with
+
+
+def test_it_learns_and_another_run_goes_on(run, tmp_path, capsys):
+    """Masks come back; `--init` takes the weights as they are, and `train.py --init` the file."""
+    config, first = run("--steps", "60", "--lr", "5e-3")
+    scores = [float(x) for x in re.findall(r"Dice ([\d.]+)", capsys.readouterr().out)]
+    assert len(scores) == 4 and scores[-1] > max(0.8, scores[0])
+    assert config.image_size == 32 and (tmp_path / "vae.png").exists()
+    kept = str((tmp_path / "vae.safetensors").rename(tmp_path / "first.safetensors"))
+    _, again = run("--steps", "1", "--lr", "0", "--init", kept)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    model = start_from(kept)
+    for encoder in (model.vae.encoder, model.tau.encoder):
+        assert torch.equal(encoder.conv_in.weight, first["vae.encoder.conv_in.weight"])
