@@ -457,7 +457,7 @@ def main(args):
     say(f"{found.name}: {len(train_data)} training, {len(val_data)} validation items of {size} px, "
         f"{len(found.classes)} classes; mask latents have std {1 / scale:.3f}")  # fmt: skip
     rebuilt = round_trip(model, val_data)
-    advice = ": another --size or autoencoder would do better" if rebuilt < 0.95 else ""
+    advice = ": try another --size, or `train_vae.py --init`" if rebuilt < 0.95 else ""
     say(f"the autoencoder rebuilds masks with Dice {rebuilt:.3f}{advice}")
     say(f"{count:.1f} M parameters train on {device}, {'bf16' if bf16 else 'fp32'}, "
         f"processes: {world}; {args.steps} steps of {args.batch_size}")  # fmt: skip

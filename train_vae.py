@@ -53,11 +53,11 @@ from sdseg import (
 )
 
 
-def colour_maps(mask, generator):
-    """mask (B, H, W) -> class maps as colours (B, 3, H, W), of any K up to 14.
+def colour_maps(mask, own, generator):
+    """mask (B, H, W) class ids, their colours `own` (K, 3) -> colours (B, 3, H, W).
 
-    A third are the masks as they are, black and white; the others two masks laid over one
-    another, so that up to four colours of a larger palette meet.
+    A third are the masks as they are; the others two masks laid over one another, so that up to
+    four colours of a random palette of up to 14 meet.
     """
     two = len(mask) // 3
     k = int(torch.randint(2, MAX_CLASSES + 1, (), generator=generator))
@@ -65,9 +65,8 @@ def colour_maps(mask, generator):
     names = torch.rand(len(mask), k, generator=generator).argsort(1)
     names = names[:, torch.arange(4) % k]  # which colour each of the four regions takes
     several = names.gather(1, both.flatten(1)).view_as(mask)
-    black_white = class_colours(2)[(mask[:two] > 0).long()]
-    colours = class_colours(k)[several[two:]]
-    return torch.cat([black_white, colours]).permute(0, 3, 1, 2).contiguous()
+    colours = torch.cat([own[mask[:two]], class_colours(k)[several[two:]]])
+    return colours.permute(0, 3, 1, 2).contiguous()
 
 
 def reconstruction_loss(vae, x, kl_weight, noise):
@@ -127,7 +126,7 @@ def main(args):
         chosen = torch.randint(len(train_data), (args.batch_size,), generator=generator)
         batch = train_data.batch([(step, int(i)) for i in chosen])
         images = args.batch_size // 4
-        maps = colour_maps(batch["mask"][images:], generator)
+        maps = colour_maps(batch["mask"][images:], judge.colours.cpu(), generator)
         x = torch.cat([batch["image"][:images], maps]).to(device)
         noise = torch.randn(len(x), *judge.latent_shape(), generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):

@@ -9,7 +9,7 @@ from PIL import Image
 
 import train_vae
 from checkpoint import read_weights
-from sdseg import SDSegConfig, start_from
+from sdseg import SDSegConfig, class_colours, start_from
 
 
 @pytest.fixture
@@ -50,3 +50,14 @@ def test_it_learns_and_another_run_goes_on(run, tmp_path, capsys):
     model = start_from(kept)
     for encoder in (model.vae.encoder, model.tau.encoder):
         assert torch.equal(encoder.conv_in.weight, first["vae.encoder.conv_in.weight"])
+
+
+def test_a_third_of_the_maps_are_the_masks_as_they_are():
+    """The data set's own classes in its own colours; the others up to four colours each."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randint(3, (9, 8, 8), generator=generator)
+    own = class_colours(3)
+    maps = train_vae.colour_maps(mask, own, generator)
+    assert torch.equal(maps[:3], own[mask[:3]].permute(0, 3, 1, 2))
+    counts = [len(x.flatten(1).unique(dim=1).T) for x in maps[3:]]
+    assert all(2 <= n <= 4 for n in counts) and max(counts) > 2
