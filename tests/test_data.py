@@ -24,6 +24,12 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SDSEG_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def drawn_once(cache, tmp_path_factory, monkeypatch):
+    """Drawn pictures are kept for the other tests, until all are done."""
+    monkeypatch.setenv("SDSEG_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 def save(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.name.endswith((".nii.gz", ".nii")):
@@ -231,7 +237,7 @@ def test_missing_data_says_where_it_looked(tmp_path):
 
 
 @pytest.mark.parametrize("augment", ["flip", "full"])
-def test_image_and_mask_move_together(augment, tmp_path):
+def test_image_and_mask_move_together(augment, drawn_once):
     """The mask drawn into the image stays the mask, whatever the augmentation."""
     found = find("demo")
     items = SegmentationData(found, "val", 64, augment)
@@ -262,7 +268,7 @@ def test_volumes_of_several_classes_keep_their_sides(monkeypatch):
         assert any(changed) != several
 
 
-def test_augmentation_is_a_function_of_seed_epoch_and_index():
+def test_augmentation_is_a_function_of_seed_epoch_and_index(drawn_once):
     """The same three numbers give the same picture, in any batch; no epoch: the original."""
     items = SegmentationData(find("demo"), "val", 32, "full", seed=3)
     a, b = items.batch([(1, 5), (1, 6)]), items.batch([(1, 6)])

@@ -29,7 +29,7 @@ def run(tmp_path, monkeypatch):
 
     def train_with(*flags):
         out = str(tmp_path / "vae.safetensors")
-        fixed = ["--data", str(tmp_path / "own"), "--size", "32", "--batch-size", "8"]
+        fixed = ["--data", str(tmp_path / "own"), "--size", "32", "--batch-size", "4"]
         fixed += ["--device", "cpu", "--precision", "fp32", "--log-every", "15", "--out", out]
         train_vae.main(train_vae.parse([*fixed, *flags]))
         return read_weights(out, SDSegConfig)
