@@ -253,7 +253,7 @@ def test_image_and_mask_move_together(augment, drawn_once):
     assert not torch.equal(batch["mask"][:20], batch["mask"][20:])
 
 
-def test_volumes_of_several_classes_keep_their_sides(monkeypatch):
+def test_volumes_of_several_classes_keep_their_sides(drawn_once, monkeypatch):
     """A left kidney stays left: "flip" changes nothing where sides tell classes apart."""
     found = find("demo")
     plain = SegmentationData(found, "val", 32)
