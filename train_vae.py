@@ -1,7 +1,7 @@
 """Train the small autoencoder of the model that ships: `python train_vae.py --data kvasir+cvc`.
 
 The paper takes Stable Diffusion's; this shows how one is made. It learns to reconstruct images
-(L1) and class maps of random colours (L1), under a light KL penalty.
+(L1) and class maps, in their own and in random colours (L1), under a light KL penalty.
 Writes a `.safetensors` of the autoencoder alone, which `train.py --init` accepts.
 """
 
@@ -108,7 +108,7 @@ def main(args):
 
     # 2. Model and optimiser; SDSeg lends the colours of its masks
     own = {"classes": found.classes, "image_size": args.size}
-    new = SDSeg(replace(PRESETS["nano"], **own)) if args.init is None else None
+    new = None if args.init else SDSeg(replace(PRESETS["nano"], **own))
     judge = (new or start_from(args.init, fresh=True, **own)).to(device)
     vae = judge.vae.requires_grad_()
     optimiser = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0)

@@ -244,9 +244,7 @@ def test_gradients_are_clipped_to_norm_one(size):
     for inside in (True, False):
         torch.manual_seed(0)
         p = [torch.nn.Parameter(torch.randn(n)) for n in (5, 70)]
-        optimiser = torch.optim.AdamW(
-            p, lr=0.1, eps=1.0, fused=True
-        )  # lets the size of a step show
+        optimiser = torch.optim.AdamW(p, eps=1.0, fused=True)  # lets a gradient's size show
         watch = train.Watch(optimiser, torch.device("cpu"))
         zero = torch.zeros(())
         for _ in range(2):
