@@ -250,7 +250,7 @@ def training_step(config, recipe, device, compiled=False):
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss = model.loss(image, mask, drawn=drawn, z_0=z_0, mask_weight=recipe["mask_weight"])
         loss.total.backward()
-        watch.step(loss, torch.nn.utils.get_total_norm([p.grad for p in trained]))
+        watch.step(loss)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         average.update(watch.steps)

@@ -289,7 +289,10 @@ class Watch:
         self.steps = 0
 
     @torch.no_grad()
-    def step(self, loss, norm):
+    def step(self, loss):
+        """Between the backward pass and the optimiser's step."""
+        parameters = self.optimiser.param_groups[0]["params"]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters])
         bad = ~torch.isfinite(norm)
         self.optimiser.found_inf = bad.float()
         self.optimiser.grad_scale = norm.clamp(min=1)
@@ -495,7 +498,7 @@ def main(args):
             loss = net(image, mask, drawn=(t, noise), z_0=z_0, latent_weight=args.latent_weight,
                        mask_weight=args.mask_weight)  # fmt: skip
         loss.total.backward()
-        watch.step(loss, torch.nn.utils.get_total_norm([p.grad for p in trained]))
+        watch.step(loss)
         optimiser.step()
         optimiser.zero_grad(set_to_none=True)
         average.update(step)

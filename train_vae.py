@@ -35,13 +35,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 
 from checkpoint import write_weights
 from data import SegmentationData, find, write_image
-from metrics import dice
 from sdseg import (
     MAX_CLASSES,
     PRESETS,
@@ -51,6 +49,7 @@ from sdseg import (
     has_fast_bf16,
     start_from,
 )
+from train import mask_std, round_trip
 
 
 def colour_maps(mask, own, generator):
@@ -76,17 +75,6 @@ def reconstruction_loss(vae, x, kl_weight, noise):
     l1 = F.l1_loss(vae.decode(z).float(), x)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
     return l1 + kl_weight * kl, l1, kl
-
-
-@torch.no_grad()
-def round_trip(model, data, device, n=64):
-    """Mean Dice between masks and their decoded latents, and the latents' standard deviation."""
-    mask = data.batch([(None, i) for i in range(min(n, len(data)))])["mask"]
-    z = model.encode_mask(mask.to(device))
-    ids = model.logits(model.decode_mask(z)).argmax(1).cpu().numpy()
-    k = len(model.config.classes)
-    scores = [np.mean(dice(a, b, k)) for a, b in zip(ids, mask.numpy())]
-    return float(np.mean(scores)), z.std().item() / model.config.mask_scale
 
 
 @torch.no_grad()
@@ -140,7 +128,7 @@ def main(args):
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
             left = (time.monotonic() - began) / done * (args.steps - done)
-            score, std = round_trip(judge, val_data, device)
+            score, std = round_trip(judge, val_data, 64), mask_std(judge, val_data, 64)
             print(f"step {done}  l1 {l1.item():.4f}  kl {kl.item():.2f}  masks' round trip: Dice "
                   f"{score:.4f}, std {std:.2f}  {duration(left)} left", flush=True)  # fmt: skip
     names = {f"vae.{k}": v for k, v in vae.state_dict().items()}

@@ -40,3 +40,9 @@ def real_data():
         if (root / "CVC-ClinicDB").is_dir():
             return root
     pytest.skip("no data/CVC-ClinicDB: the data sets are licensed and not in the repository")
+
+
+@pytest.fixture
+def drawn_once(tmp_path_factory, monkeypatch):
+    """Drawn pictures are kept for the other tests that ask for this, until all are done."""
+    monkeypatch.setenv("SDSEG_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

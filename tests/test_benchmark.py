@@ -14,6 +14,7 @@ from sdseg import PRESETS, SDSeg, SDSegConfig
 from unet import UNetConfig
 from vae import VAEConfig
 
+pytestmark = pytest.mark.usefixtures("drawn_once")
 CPU = torch.device("cpu")
 TINY = SDSegConfig(
     "nano",
@@ -36,12 +37,6 @@ def file(model, tmp_path_factory):
     path = tmp_path_factory.mktemp("benchmark") / "tiny.safetensors"
     model.save(path)
     return path
-
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path_factory, monkeypatch):
-    """Drawn pictures are kept where they go away with the tests."""
-    monkeypatch.setenv("SDSEG_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 def report(file, *more):

@@ -24,12 +24,6 @@ def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("SDSEG_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture
-def drawn_once(cache, tmp_path_factory, monkeypatch):
-    """Drawn pictures are kept for the other tests, until all are done."""
-    monkeypatch.setenv("SDSEG_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-
-
 def save(path, array):
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.name.endswith((".nii.gz", ".nii")):
