@@ -13,6 +13,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("--data", required=True, help="a data set as in train.py; its training part is used")
     add("--root", default="data", help="where the data sets lie")
+    add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
     add("--init", metavar="FILE", help="weights whose autoencoder to go on with (default: random)")
     add("--out", default="runs/vae/vae.safetensors", help="the file to write")
     add("--steps", type=int, default=2000, help="optimiser steps")
@@ -90,7 +91,7 @@ def main(args):
     bf16 = args.precision == "bf16" or (args.precision == "auto" and has_fast_bf16(device))
 
     # 1. Data
-    found = find(args.data, args.root)
+    found = find(args.data, args.root, args.split)
     train_data = SegmentationData(found, "train", args.size, "full", args.seed)
     val_data = SegmentationData(found, "val", args.size)
 

@@ -9,6 +9,7 @@ from PIL import Image
 
 import train_vae
 from checkpoint import read_weights
+from common import Refusal
 from sdseg import SDSegConfig, class_colours, start_from
 
 
@@ -50,6 +51,13 @@ def test_it_learns_and_another_run_goes_on(run, tmp_path, capsys):
     model = start_from(kept)
     for encoder in (model.vae.encoder, model.tau.encoder):
         assert torch.equal(encoder.conv_in.weight, first["vae.encoder.conv_in.weight"])
+
+
+def test_the_split_is_that_of_train(tmp_path):
+    """An autoencoder for held-out videos must not see them; where there are none, it says so."""
+    flags = ["--data", "demo", "--split", "sequence", "--out", str(tmp_path / "vae.safetensors")]
+    with pytest.raises(Refusal, match="only cvc has video sequences"):
+        train_vae.main(train_vae.parse(flags))
 
 
 def test_a_third_of_the_maps_are_the_masks_as_they_are():
