@@ -6,14 +6,11 @@ run, so that whatever else the machine does falls on all alike. With diffusers i
 `--diffusers` also times its modules of the same sizes, as they come, inside our sampler.
 """
 
-from common import Parser, Refusal, duration, run
+from common import Parser, Refusal, duration, positive, run, within
 
 
 def positive_list(text):
-    values = [int(number) for number in text.split(",")]
-    if min(values) < 1:
-        raise ValueError
-    return values
+    return [positive(number) for number in text.split(",")]
 
 
 def parse(argv=None):
@@ -27,7 +24,7 @@ def parse(argv=None):
         help="of the networks; auto: the fastest that keeps the masks")  # fmt: skip
     add("--batch-sizes", type=positive_list, default=[1, 8], metavar="N,N",
         help="of inference (default: 1,8)")  # fmt: skip
-    add("--seconds", type=float, default=5.0, help="for each measurement")
+    add("--seconds", type=within(float, 0), default=5.0, help="for each measurement")
     add("--train", action="store_true", help="also measure training, with the preset's recipe")
     add("--compile", action="store_true",
         help="also time networks that torch.compile has made: minutes more")  # fmt: skip

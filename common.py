@@ -6,10 +6,11 @@ Nothing here imports torch or numpy, so that `--help` answers at once.
 import contextlib
 import ctypes
 import difflib
+import math
 import os
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser, HelpFormatter
+from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, HelpFormatter
 from pathlib import Path
 
 
@@ -53,6 +54,24 @@ def keep_freed_memory():
         libc = ctypes.CDLL(None)
         libc.mallopt(mmap_max, 0)  # take no block from mmap
         libc.mallopt(trim_threshold, 2**31 - 1)  # and return none below 2 GiB
+
+
+def within(kind, low, high=math.inf):
+    """A type for argparse: an int or a finite float from `low` to `high`, both included."""
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high or value == math.inf:
+            span = f"{low} or more" if high == math.inf else f"from {low} to {high}"
+            raise ArgumentTypeError(f"{text} is not {span}")
+        return value
+
+    read.__name__ = kind.__name__  # argparse says "invalid int value"
+    return read
+
+
+positive = within(int, 1)
+any_seed = within(int, 0, 2**32 - 1)  # what NumPy's and PyTorch's generators take
 
 
 class Help(HelpFormatter):

@@ -6,16 +6,10 @@ efficiency (Table 4) and Dice against DDIM steps (Figure 3). Standard deviations
 sample (n - 1). Letters: N repeats, P = N (N - 1) / 2 pairs of them, K classes.
 """
 
-from common import Parser, Progress, Refusal, run, whole_file
+from common import Parser, Progress, Refusal, positive, run, whole_file
 
 PARTS = ("train", "val", "test")
 CURVE = (1, 2, 3, 5, 10, 20, 50)  # DDIM steps of Figure 3
-
-
-def positive(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def parse(argv=None):

@@ -6,7 +6,7 @@ DDIM from pure noise; the first is the single-step result. Latents have false co
 the four channels, grey at 0, full at 2.5 (z_c: at 2.5 of its standard deviations).
 """
 
-from common import Parser, Refusal, run
+from common import Parser, Refusal, any_seed, run
 
 
 def parse(argv=None):
@@ -16,7 +16,7 @@ def parse(argv=None):
     add("--mask", metavar="FILE", help="its true map (default: the model's own, of one step)")
     add("--model", metavar="FILE", help="weights (default: weights/nano.safetensors, which ships)")
     add("--out", default="docs/method.png", metavar="FILE", help="the PNG to write")
-    add("--seed", type=int, default=0, help="of the noise, and of the demo picture")
+    add("--seed", type=any_seed, default=0, help="of the noise, and of the demo picture")
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     return parser.parse_args(argv)
 

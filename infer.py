@@ -8,13 +8,7 @@ Several GPUs: `torchrun --nproc_per_node=8 infer.py folder/`.
 Letters: B batch, C scores (1, or K for K > 2 classes), H W a picture's own size, S the model's.
 """
 
-from common import Parser, Progress, Refusal, one_line, run
-
-
-def positive(text):
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+from common import Parser, Progress, Refusal, one_line, positive, run
 
 
 def parse(argv=None):

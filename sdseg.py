@@ -393,6 +393,9 @@ def check(config):
         raise Refusal("config has a size out of range")
     if max(len(u.channel_mult), len(v.ch_mult), u.num_res_blocks, v.num_res_blocks) > 8:
         raise Refusal("config has too many blocks")
+    unit = 2 ** (len(v.ch_mult) + len(u.channel_mult) - 2)  # of image_size: all levels halve it
+    if config.image_size % unit:
+        raise Refusal(f"pictures of {config.image_size} px; this network takes multiples of {unit}")
     for value, allowed in (
         (config.prediction, ("eps", "x0", "v")),
         (config.fusion, ("concat", "cross")),

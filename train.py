@@ -7,7 +7,7 @@ run repeats an uninterrupted one, and two processes with half a batch each take 
 Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`.
 """
 
-from common import Parser, Refusal, duration, one_line, run, whole_file
+from common import Parser, Refusal, any_seed, duration, one_line, positive, run, whole_file, within
 
 # What differs between the paper's models and the small one, unless a flag says otherwise.
 PAPER = dict(steps=100_000, batch_size=4, lr=4e-5, warmup=1000, eval_every=2000, ema=0.9999,
@@ -18,13 +18,14 @@ NANO = dict(steps=5000, batch_size=16, lr=5e-4, warmup=200, eval_every=250, ema=
 
 def parse(argv=None):
     parser = Parser("Train SDSeg on a data set; see also the README.")
+    amount, share = within(float, 0), within(float, 0, 1)
     recipe = {k: f"(default: {PAPER[k]}; nano: {NANO[k]})" for k in PAPER}
 
     add = parser.group("data")
     add("--data", help="cvc, kvasir, refuge2, btcv, sts3d, demo, several as a+b, or a folder")
     add("--root", default="data", help="where the data sets lie")
     add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
-    add("--size", type=int, help="pixels, H = W (default: that of the weights)")
+    add("--size", type=positive, help="pixels, H = W (default: that of the weights)")
     add("--augment", choices=["none", "flip", "full"], help=f"full: also turned, scaled, shifted, "
         f"recoloured {recipe['augment']}")  # fmt: skip
 
@@ -33,17 +34,17 @@ def parse(argv=None):
     add("--init", metavar="FILE", help="weights to start from (default: sd-v1, else nano)")
     add("--fresh", action="store_true", help="keep of --init only the autoencoder")
     add("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--seed", type=any_seed, default=0, help="of everything random")
 
     add = parser.group("optimisation")
-    add("--steps", type=int, help=f"optimiser steps {recipe['steps']}")
-    add("--batch-size", type=int, help=f"images a step, over all GPUs {recipe['batch_size']}")
-    add("--lr", type=float, help=f"peak learning rate of AdamW {recipe['lr']}")
-    add("--warmup", type=int, help=f"steps of linear warm-up {recipe['warmup']}")
+    add("--steps", type=positive, help=f"optimiser steps {recipe['steps']}")
+    add("--batch-size", type=positive, help=f"images a step, over all GPUs {recipe['batch_size']}")
+    add("--lr", type=amount, help=f"peak learning rate of AdamW {recipe['lr']}")
+    add("--warmup", type=within(int, 0), help=f"steps of linear warm-up {recipe['warmup']}")
     add("--decay", action="store_true", help="let the rate fall linearly to zero (nano: always)")
-    add("--eval-every", type=int, help=f"steps between validations {recipe['eval_every']}")
-    add("--log-every", type=int, default=25, help="steps between lines of the log")
-    add("--ema", type=float, help=f"decay of the moving average {recipe['ema']}")
+    add("--eval-every", type=positive, help=f"steps between validations {recipe['eval_every']}")
+    add("--log-every", type=positive, default=25, help="steps between lines of the log")
+    add("--ema", type=share, help=f"decay of the moving average {recipe['ema']}")
 
     add = parser.group("method")
     add("--prediction", choices=["eps", "x0", "v"], help="of the U-Net (default: the weights')")
@@ -53,16 +54,17 @@ def parse(argv=None):
         help="how the U-Net sees the image (default: the weights')",
     )
     add("--freeze-encoder", action="store_true", help="do not train tau")
-    add("--latent-weight", type=float, default=1.0, help="lambda of Eq. 3")
-    add("--mask-weight", type=float, help=f"loss on the decoded mask {recipe['mask_weight']}")
-    add("--last", type=float, help=f"share of samples at t = T - 1 {recipe['last']}")
+    add("--latent-weight", type=amount, default=1.0, help="lambda of Eq. 3")
+    add("--mask-weight", type=amount, help=f"loss on the decoded mask {recipe['mask_weight']}")
+    add("--last", type=share, help=f"share of samples at t = T - 1 {recipe['last']}")
 
     add = parser.group("machine")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"],
         help="auto: bf16 autocast where the hardware has it")  # fmt: skip
     add("--compile", action="store_true",
         help="with torch.compile: minutes at the start, for long runs on a GPU")  # fmt: skip
-    add("--workers", type=int, help="processes that load data (default: 0 on a CPU, 4 a GPU)")
+    add("--workers", type=within(int, 0),
+        help="processes that load data (default: 0 on a CPU, 4 a GPU)")  # fmt: skip
     add("--device", help="cuda, mps or cpu (default: the first there is)")
     args = parser.parse_args(argv)
     if not args.data and not args.resume:

@@ -5,24 +5,24 @@ The paper takes Stable Diffusion's; this shows how one is made. It learns to rec
 Writes a `.safetensors` of the autoencoder alone, which `train.py --init` accepts.
 """
 
-from common import Parser, duration, run
+from common import Parser, any_seed, duration, positive, run, within
 
 
 def parse(argv=None):
     parser = Parser("Train the small autoencoder; the paper takes Stable Diffusion's.")
-    add = parser.add_argument
+    add, amount = parser.add_argument, within(float, 0)
     add("--data", required=True, help="a data set as in train.py; its training part is used")
     add("--root", default="data", help="where the data sets lie")
     add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
     add("--init", metavar="FILE", help="weights whose autoencoder to go on with (default: random)")
     add("--out", default="runs/vae/vae.safetensors", help="the file to write")
-    add("--steps", type=int, default=2000, help="optimiser steps")
-    add("--batch-size", type=int, default=8, help="a quarter images, the rest class maps")
-    add("--lr", type=float, default=1e-3, help="peak learning rate, falling linearly to zero")
-    add("--kl-weight", type=float, default=1e-4, help="of the mean KL divergence a latent value")
-    add("--size", type=int, default=128, help="pixels, H = W")
-    add("--log-every", type=int, default=50, help="steps between lines of the log")
-    add("--seed", type=int, default=0, help="of everything random")
+    add("--steps", type=positive, default=2000, help="optimiser steps")
+    add("--batch-size", type=positive, default=8, help="a quarter images, the rest class maps")
+    add("--lr", type=amount, default=1e-3, help="peak learning rate, falling linearly to zero")
+    add("--kl-weight", type=amount, default=1e-4, help="of the mean KL divergence a latent value")
+    add("--size", type=positive, default=128, help="pixels, H = W")
+    add("--log-every", type=positive, default=50, help="steps between lines of the log")
+    add("--seed", type=any_seed, default=0, help="of everything random")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"],
         help="auto: bf16 autocast where the hardware has it")  # fmt: skip
     add("--device", help="cuda, mps or cpu (default: the first there is)")

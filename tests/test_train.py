@@ -312,6 +312,7 @@ def test_refusals(place):
         "no such file": arguments(place, "x", "--init", str(place / "none.safetensors")),
         "config.json": ["--resume", str(place / "nothing")],
         "nowhere": ["--data", str(place / "nowhere"), "--init", str(place / "tiny.safetensors")],
+        "24 px; this network takes multiples of 16": arguments(place, "x", "--size", "24"),
     }
     for words, flags in cases.items():
         with pytest.raises(Refusal, match=words) as error:
@@ -320,6 +321,20 @@ def test_refusals(place):
     (place / "run/resume.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(Refusal, match="cannot be resumed"):
         train.main(train.parse(["--resume", str(place / "run"), "--device", "cpu"]))
+
+
+@pytest.mark.parametrize(
+    "flag, value",
+    [("steps", "0"), ("eval-every", "0"), ("batch-size", "-1"), ("workers", "-1"), ("seed", "-1"),
+     ("lr", "nan"), ("lr", "inf"), ("ema", "1.5"), ("last", "2"), ("seed", "9" * 400)],
+)  # fmt: skip
+def test_a_number_out_of_range_is_refused(flag, value, capsys):
+    """By the command line, in one line, before anything is read."""
+    with pytest.raises(SystemExit) as stop:
+        train.parse(["--data", "demo", f"--{flag}", value])
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and f"argument --{flag}: {value} is not " in said
+    assert said.count("\n") == 1
 
 
 def test_a_changed_data_set_is_noticed(place):
