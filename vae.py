@@ -99,12 +99,20 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
+    """Every pixel doubled in height and width, then a 3 x 3 convolution."""
+
     def __init__(self, c):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, padding=1)
 
     def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        pixels, channels = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1]
+        if x.device.type != "cpu" or pixels < channels:
+            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        # The same with 4 products for 9, twice as fast: weights that meet doubled pixels are added
+        weight = self.conv.weight.flip(2, 3).transpose(0, 1)
+        weight = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # (C, C, 4, 4)
+        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
 
 
 class Middle(nn.Module):

@@ -7,7 +7,7 @@ from conftest import golden, golden_weights
 
 from sdseg import widen_conv_in
 from unet import UNet, UNetConfig
-from vae import AutoencoderKL, VAEConfig, VisionEncoder, group_norm_by_channel
+from vae import AutoencoderKL, Upsample, VAEConfig, VisionEncoder, group_norm_by_channel
 
 VAE_TINY = VAEConfig(32, (1, 2, 2), 1)
 SD_TINY = UNetConfig("sd", 8, 4, 32, (1, 2, 4, 4), 2, (1, 2, 4), 8, 48)
@@ -106,3 +106,17 @@ def test_group_norm_by_channel_is_group_norm(shape, groups):
     direction = torch.randn(shape)
     for a, b in zip(*(torch.autograd.grad(y, of, direction.to(y.dtype)) for y in (made, exact))):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 5, 3), (1, 8, 1, 9), (1, 32, 2, 2)])
+def test_upsample_is_a_convolution_of_doubled_pixels(shape):
+    """As a transposed convolution, or plainly where pixels are few: same values and gradients."""
+    torch.manual_seed(0)
+    upsample, x = Upsample(shape[1]).double(), torch.randn(shape, dtype=torch.double)
+    x.requires_grad_()
+    made = upsample(x)
+    plain = upsample.conv(x.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    torch.testing.assert_close(made, plain)
+    of, direction = (x, *upsample.parameters()), torch.randn_like(plain)
+    for a, b in zip(*(torch.autograd.grad(y, of, direction) for y in (made, plain))):
+        torch.testing.assert_close(a, b)
