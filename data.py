@@ -57,7 +57,7 @@ from files import (
 
 PARTS = ("train", "val", "test")
 MAX_CLASSES = 14
-VERSION = 4  # of what the cache holds; raise it when reading or resizing changes
+VERSION = 5  # of what the cache holds; raise it when reading or resizing changes
 
 
 @dataclass(frozen=True)
@@ -160,9 +160,10 @@ def crop_to_disc(image, values, ids):
     side = 2 * max(np.ptp(rows), np.ptp(columns)) + 2
     if side > 0.7 * min(ids.shape):
         return image, ids
-    top = max(int(rows.min() + rows.max() - side) // 2, 0)
-    left = max(int(columns.min() + columns.max() - side) // 2, 0)
-    return image[top : top + side, left : left + side], ids[top : top + side, left : left + side]
+    begins = [(int(x.min() + x.max()) - side) // 2 for x in (rows, columns)]
+    begins = [min(max(begin, 0), n - side) for begin, n in zip(begins, ids.shape)]
+    square = tuple(slice(begin, begin + side) for begin in begins)
+    return image[square], ids[square]
 
 
 # ---- finding files ----
@@ -286,6 +287,8 @@ def find_refuge2(root, split):
             images, masks = first_folder(root, [layout], "REFUGE2")
             found[part] = [replace(c, name=f"{part}/{c.name}") for c in pairs(images, masks)]
     training = shuffled([*found["train"], *found.get("val", [])])
+    if len(training) < 2:
+        raise Refusal(f"{root}: one picture of REFUGE2 to train on; validation needs another")
     parts = cut(training, max(1, len(training) // 10), 0) | {"test": tuple(found["test"])}
     return Found("refuge2", parts, ("background", "optic cup"), "cup")
 
@@ -391,6 +394,10 @@ def own_classes(folder, cases, volumes):
     if jpeg or values <= {0, 1} or values <= {0, 255}:
         return "binary", ("background", "foreground")
     if max(values) < MAX_CLASSES and all(v == int(v) >= 0 for v in values):
+        unused = [i for i in range(1, int(max(values))) if i not in values]
+        if unused:  # found by no model, missed by none: its Dice would be 1
+            raise Refusal(f"{folder}: no training mask holds class id {unused[0]}; number the "
+                          "classes without gaps, or name all in classes.json")  # fmt: skip
         return "ids", ("background", *(f"class {i}" for i in range(1, int(max(values)) + 1)))
     seen = ", ".join(f"{v:g}" for v in sorted(values)[:16])
     raise Refusal(f"{cases[0].mask.parent}: masks have the values {seen}; wanted 0 and 255, or ids "
@@ -514,12 +521,16 @@ def warp(image, mask, draw):
     return (grey + (image - grey) * (1 + 0.4 * saturation)).clamp(-1, 1), mask[:, 0].long()
 
 
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
 def fingerprint(found, part, size):
-    """A hash of all that decides what a part's items look like."""
+    """A hash of all that decides what a part's items look like, the files' bytes among it."""
     facts = [VERSION, found.name, part, size, found.classes, found.rule, found.window]
     for case in found.parts[part]:
-        stats = [p.stat() for p in (case.image, case.mask) if p]
-        facts.append((case.name, case.seed, [(s.st_size, s.st_mtime_ns) for s in stats]))
+        digests = [digest(path) for path in (case.image, case.mask) if path]
+        facts.append((case.name, case.seed, digests))
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
 
 
@@ -572,8 +583,7 @@ def duplicates(found):
         for case in found.parts[part]:
             if case.image is None:
                 continue
-            digest = hashlib.sha256(case.image.read_bytes()).digest()
-            other, name = seen.setdefault(digest, (part, case.name))
+            other, name = seen.setdefault(digest(case.image), (part, case.name))
             if other != part:
                 same.append((f"{other} {name}", f"{part} {case.name}"))
     return same

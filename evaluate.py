@@ -71,7 +71,7 @@ from data import find, load_case
 from files import write_image
 from infer import class_ids, segment_images
 from metrics import areas, dice_of, iou_of
-from sdseg import SDSeg, find_device
+from sdseg import SDSeg, find_device, split_seen
 from studies import Similarity, dice_spread, efficiency, mean_std, plot
 
 TILE = 192  # pixels a side in the gallery
@@ -199,17 +199,9 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if cuda else f"{device.type} {platform.machine()}"
 
 
-def settle_split(args):
-    """By default the split is the run's own, so that no test case was trained on.
-
-    Only CVC has two, so only runs on it matter.
-    """
-    try:
-        trained = json.loads((Path(args.model).parent / "config.json").read_text())["args"]
-        on_cvc = all("cvc" in data.split("+") for data in (args.data, trained["data"]))
-        own = trained["split"] if on_cvc else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        own = None
+def settle_split(args, config):
+    """By default the split is the model's own, so that no test case was trained on."""
+    own = split_seen(config, args.data)
     if args.split and own and args.split != own:
         print(f"beware: trained on the {own} split, so on some of the cases scored here")
     args.split = args.split or own or "random"
@@ -220,6 +212,8 @@ def results_folder(args, name):
         return Path(args.out)
     runs = "" if args.steps == args.samples == 1 else f"-{args.steps}x{args.samples}"
     runs += "-leading" if args.spacing == "leading" else ""
+    runs += "-sequence" if args.split == "sequence" else ""
+    runs += f"-first{args.limit}" if args.limit else ""
     return Path(args.model).parent / f"eval-{name.replace('+', '-')}-{args.part}{runs}"
 
 
@@ -227,12 +221,13 @@ def main(args):
     # 1. The model, the cases, and where the results go
     device = find_device(args.device)
     model = SDSeg.load(args.model, device, args.precision)
-    settle_split(args)
+    settle_split(args, model.config)
     found = find(args.data, args.root, args.split)
-    found = replace(found, window=model.config.window or found.window)
+    found = replace(found, window=model.config.window)
     cases, classes = found.parts[args.part][: args.limit], found.classes
-    if len(classes) != len(model.config.classes):
-        raise Refusal(f"{args.model}: segments {', '.join(model.config.classes)}; "
+    names = model.config.classes
+    if len(classes) != len(names) or (len(classes) > 2 and classes != names):
+        raise Refusal(f"{args.model}: segments {', '.join(names)}; "
                       f"{found.name} has {', '.join(classes)}")  # fmt: skip
     if not cases:
         raise Refusal(f"{found.name}: its {args.part} part is empty")

@@ -61,7 +61,8 @@ def open_image(path):
 def read_image(path):
     """Any picture -> uint8 (H, W, 3). Raises Refusal.
 
-    More than 8 bits are scaled by the picture's own range; transparency is laid on black.
+    Grey of more than 8 bits is scaled by the picture's own range, of deep colours Pillow keeps the
+    upper 8 bits; transparency is laid on black.
     """
     image = open_image(path)
     if image.mode.startswith(("I", "F")):

@@ -37,7 +37,8 @@ class SDSegConfig:
     image_size: int = 256  # what inference must repeat: H = W,
     window: tuple[float, float] | None = None  # intensity window of volumes,
     data: str = ""  # the data set's name,
-    classes: tuple[str, ...] = ("background", "foreground")  # and the class ids' names
+    split: str = "random"  # and how it was split,
+    classes: tuple[str, ...] = ("background", "foreground")  # the class ids' names
 
 
 LDM = UNetConfig("ldm", 8, 4, 192, (1, 2, 2, 4, 4), 2, (1, 2, 4, 8), 8, None)
@@ -289,15 +290,16 @@ class SDSeg(nn.Module):
             part.compile(fullgraph=True, **options)
 
 
-def draw(batch, latent_shape, generator=None, last=0.0):
+def draw(batch, latent_shape, generator=None, last=0.0, first=0):
     """t (batch,) uniform over the T steps, noise standard normal, both on the CPU.
 
     A share `last` of the samples, evenly spread, is set to T - 1: the step that single-step
-    inference takes, which uniform t visits once in a thousand samples.
+    inference takes, which uniform t visits once in a thousand samples. `first` is the number of
+    samples before these in a run, so that the share holds for small batches, too.
     """
     t = torch.randint(0, T, (batch,), generator=generator)
     noise = torch.randn(batch, *latent_shape, generator=generator)
-    count = torch.arange(batch + 1, dtype=torch.float64) * last
+    count = torch.arange(first, first + batch + 1, dtype=torch.float64) * last
     return torch.where(count.floor().diff() > 0, T - 1, t), noise
 
 
@@ -313,10 +315,11 @@ def ddim_timesteps(steps, spacing="trailing"):
     """`steps` descending time steps. "trailing" starts at T - 1, where sampling starts.
 
     "leading" is the published code's choice, kept for comparison: one step announces pure noise
-    as t = 1. Raises Refusal unless 1 <= steps <= T.
+    as t = 1. Raises Refusal unless 1 <= steps <= T; "leading" has one fewer.
     """
-    if not 1 <= steps <= T:
-        raise Refusal(f"{steps} steps; give 1 to {T}")
+    most = T - (spacing == "leading")
+    if not 1 <= steps <= most:
+        raise Refusal(f"{steps} steps; give 1 to {most}")
     if spacing == "leading":
         return [i * (T // steps) + 1 for i in reversed(range(steps))]
     return [round(T - i * T / steps) - 1 for i in range(steps)]
@@ -328,6 +331,14 @@ def widen_conv_in(weight, in_channels):
     So the widened U-Net's first output equals the pretrained one's, whatever the image.
     """
     return F.pad(weight, (0, 0, 0, 0, 0, in_channels - weight.shape[1]))
+
+
+def split_seen(config, data):
+    """The split of cvc, "random" or "sequence", that a model learned from, if `data` has cvc, too.
+
+    What one split holds out, the other trains on. None where that cannot be.
+    """
+    return config.split if all("cvc" in d.split("+") for d in (config.data, data)) else None
 
 
 def find_device(name=None):
@@ -396,8 +407,11 @@ def check(config):
     unit = 2 ** (len(v.ch_mult) + len(u.channel_mult) - 2)  # of image_size: all levels halve it
     if config.image_size % unit:
         raise Refusal(f"pictures of {config.image_size} px; this network takes multiples of {unit}")
+    if config.fusion == "cross" and u.family == "ldm":
+        raise Refusal("fusion by cross-attention needs a U-Net that has some: the sd family's")
     for value, allowed in (
         (config.prediction, ("eps", "x0", "v")),
+        (config.split, ("random", "sequence")),
         (config.fusion, ("concat", "cross")),
         (u.family, ("sd", "ldm")),
     ):

@@ -13,7 +13,7 @@ from common import Parser, Refusal, any_seed, duration, one_line, positive, run,
 PAPER = dict(steps=100_000, batch_size=4, lr=4e-5, warmup=1000, eval_every=2000, ema=0.9999,
              last=0.0, mask_weight=0.0, augment="flip")  # fmt: skip
 NANO = dict(steps=5000, batch_size=16, lr=5e-4, warmup=200, eval_every=250, ema=0.998,
-            last=0.9, mask_weight=1.0, augment="full")  # fmt: skip
+            last=0.875, mask_weight=1.0, augment="full")  # fmt: skip
 
 
 def parse(argv=None):
@@ -96,7 +96,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import read_weights
 from data import SegmentationData, find, write_image
 from metrics import dice
-from sdseg import SDSegConfig, draw, find_device, has_fast_bf16, start_from
+from sdseg import SDSegConfig, draw, find_device, has_fast_bf16, split_seen, start_from
 
 
 class Batches(torch.utils.data.Dataset):
@@ -115,7 +115,7 @@ class Batches(torch.utils.data.Dataset):
         places = range(step * a.batch_size, (step + 1) * a.batch_size)
         samples = [self.sample(place) for place in places[self.mine]]
         generator = torch.Generator().manual_seed(a.seed * 1_000_003 + step)
-        t, noise = draw(a.batch_size, self.latent_shape, generator, a.last)
+        t, noise = draw(a.batch_size, self.latent_shape, generator, a.last, step * a.batch_size)
         batch = self.data.batch(samples)
         views = self.data.views(samples)
         return batch["image"], batch["mask"], views, t[self.mine], noise[self.mine]
@@ -247,7 +247,7 @@ def read_resume(path):
 
 
 def settings(args):
-    """Fill in what the user left open: the weights to start from, and that model's recipe."""
+    """Fill in what the user left open -> the weights to start from, and why these."""
     if args.resume:
         path = Path(args.resume) / "config.json"
         try:
@@ -255,9 +255,8 @@ def settings(args):
         except (OSError, ValueError, KeyError, TypeError):
             raise Refusal(f"{path}: not the folder of a run; it needs config.json") from None
         names = ("resume", "device", "workers") + (("steps",) if args.steps else ())
-        vars(args).update({**saved, **{k: getattr(args, k) for k in names}})
-        args.init, args.fresh = str(Path(args.resume) / "model.safetensors"), False
-        return "as --resume says"
+        vars(args).update({**saved, **{k: getattr(args, k) for k in names}, "out": args.resume})
+        return Path(args.resume) / "model.safetensors", "as --resume says"
     why = "as --init says"
     if args.init is None:
         big, small = Path("weights/sd-v1.safetensors"), Path(__file__).parent / "weights"
@@ -267,12 +266,15 @@ def settings(args):
     for name, value in (NANO if preset == "nano" else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
+            if name == "batch_size":  # at least one image for each of torchrun's processes
+                world = int(os.environ.get("WORLD_SIZE", 1))
+                args.batch_size = -(-value // world) * world
     args.decay = args.decay or preset == "nano"
     if args.out is None:
-        args.out = f"runs/{Path(args.data).name.replace('+', '-')}"
+        args.out = f"runs/{Path(args.data).resolve().name.replace('+', '-')}"
     if (Path(args.out) / "resume.pt").exists():
         raise Refusal(f"{args.out}: holds a run already; --resume {args.out}, or another --out")
-    return why
+    return args.init, why
 
 
 class Watch:
@@ -350,6 +352,18 @@ class Log:
               flush=True)  # fmt: skip
 
 
+def save_state(folder, step, best, key, trained, average, optimiser):
+    """Write what `restore` reads. Raises Refusal where the disk is full."""
+    state = {"step": step, "best": best, "data": key, "average": average.mean}
+    state |= {"trained": [p.detach() for p in trained], "optimiser": optimiser.state_dict()}
+    with whole_file(folder / "resume.pt") as path:
+        try:
+            torch.save(state, path)
+        except RuntimeError as error:  # of PyTorch's writer; it does not say which OSError it met
+            raise Refusal(f"{path}: cannot be written, is the disk full? ({one_line(error)[:100]})"
+                          ) from None  # fmt: skip
+
+
 def restore(folder, trained, average, optimiser, key):
     """Put a run's state back -> step, best Dice. Raises Refusal if it does not fit."""
     path = folder / "resume.pt"
@@ -399,12 +413,13 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_model(args, found):
+def make_model(args, found, path):
     """The model to train, its data set's properties in the config, mask scale still to be set."""
     model = start_from(
-        args.init,
-        fresh=args.fresh,
+        path,
+        fresh=args.fresh and not args.resume,
         data=found.name,
+        split=args.split,
         classes=found.classes,
         window=found.window,
         **{k: getattr(args, k) for k in ("prediction", "fusion") if getattr(args, k)},
@@ -417,17 +432,19 @@ def make_model(args, found):
     return model
 
 
-def check_room(out, parameters):
+def check_room(out, model, trained):
     """Raise Refusal now rather than lose a run later: can the disk hold what will be saved?"""
     out.mkdir(parents=True, exist_ok=True)
-    need = 4 * 6 * sum(p.numel() for p in parameters)  # weights, average, 2 moments; old and new
+    weights, state = (n * sum(p.numel() for p in ps)
+                      for n, ps in ((4, model.parameters()), (16, trained)))  # fmt: skip
+    need = state + (0 if (out / "resume.pt").exists() else state + weights)  # old beside new
     free = shutil.disk_usage(out).free
     if free < need:
         raise Refusal(f"{out}: {free >> 20} MB free, {need >> 20} MB needed; choose another --out")
 
 
 def main(args):
-    why = settings(args)
+    path, why = settings(args)
     torch.manual_seed(args.seed)
 
     # 1. Where: processes, device, precision
@@ -441,8 +458,11 @@ def main(args):
 
     # 2. Data and model
     found = find(args.data, args.root, args.split)
-    model = make_model(args, found)
-    say(f"starts from {args.init}{', its autoencoder alone' if args.fresh else ''}: {why}")
+    model = make_model(args, found, path)
+    alone = args.fresh and not args.resume
+    say(f"starts from {path}{', its autoencoder alone' if alone else ''}: {why}")
+    if split_seen(read_weights(path, SDSegConfig)[0], args.data) not in (None, args.split):
+        say("beware: these weights have seen cvc split otherwise, so cases held out here")
     size = model.config.image_size
     augment = None if args.augment == "none" else args.augment
     train_data = SegmentationData(found, "train", size, augment, args.seed)
@@ -454,7 +474,7 @@ def main(args):
     trained = [p for p in model.parameters() if p.requires_grad]
     out = Path(args.out)
     if rank == 0:
-        check_room(out, trained)
+        check_room(out, model, trained)
         config = {"args": vars(args), "model": asdict(model.config), "torch": torch.__version__}
         with whole_file(out / "config.json") as path:
             path.write_text(json.dumps(config, indent=1))
@@ -512,6 +532,8 @@ def main(args):
             rate = args.batch_size * (done - start) / (time.monotonic() - began)
             log.losses(done, *watch.read(), optimiser.param_groups[0]["lr"], rate)
         if rank == 0 and (done % args.eval_every == 0 or last):
+            if caught:  # torchrun gives 30 seconds, and a validation may take longer
+                save_state(out, done, best, train_data.key, trained, average, optimiser)
             average.swap()
             model.eval()
             with uncompiled():  # else it would be compiled anew, for other batch sizes
@@ -524,10 +546,7 @@ def main(args):
             model.train()
             average.swap()
             log.score(done, score, best)
-            state = {"step": done, "best": best, "data": train_data.key, "average": average.mean}
-            state |= {"trained": [p.detach() for p in trained], "optimiser": optimiser.state_dict()}
-            with whole_file(out / "resume.pt") as path:
-                torch.save(state, path)
+            save_state(out, done, best, train_data.key, trained, average, optimiser)
         if last and caught:  # a signal that came since `last` was set waits for the next step
             return 128 + caught[0]
     say(f"done: {out / 'model.safetensors'}, validation Dice {best:.4f}")
@@ -542,10 +561,11 @@ def main_or_refusal(args):
             raise Refusal(
                 "--compile needs a C++ compiler, and none is found; train without it"
             ) from None
-        if isinstance(error, RuntimeError) and "memory" not in str(error):
+        words = str(error)
+        if "out of memory" not in words and "allocate memory" not in words:
             raise
-        half = max(1, args.batch_size // 2)
-        raise Refusal(f"out of memory; try --batch-size {half}, or a smaller --size") from None
+        smaller = f"--batch-size {args.batch_size // 2}, or " if args.batch_size > 1 else ""
+        raise Refusal(f"out of memory; try {smaller}a smaller --size") from None
 
 
 if __name__ == "__main__":

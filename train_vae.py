@@ -17,7 +17,8 @@ def parse(argv=None):
     add("--init", metavar="FILE", help="weights whose autoencoder to go on with (default: random)")
     add("--out", default="runs/vae/vae.safetensors", help="the file to write")
     add("--steps", type=positive, default=2000, help="optimiser steps")
-    add("--batch-size", type=positive, default=8, help="a quarter images, the rest class maps")
+    add("--batch-size", type=within(int, 2), default=8,
+        help="a quarter images, the rest class maps")  # fmt: skip
     add("--lr", type=amount, default=1e-3, help="peak learning rate, falling linearly to zero")
     add("--kl-weight", type=amount, default=1e-4, help="of the mean KL divergence a latent value")
     add("--size", type=positive, default=128, help="pixels, H = W")
@@ -45,6 +46,7 @@ from sdseg import (
     MAX_CLASSES,
     PRESETS,
     SDSeg,
+    check,
     class_colours,
     find_device,
     has_fast_bf16,
@@ -97,8 +99,10 @@ def main(args):
 
     # 2. Model and optimiser; SDSeg lends the colours of its masks
     own = {"classes": found.classes, "image_size": args.size}
-    new = None if args.init else SDSeg(replace(PRESETS["nano"], **own))
-    judge = (new or start_from(args.init, fresh=True, **own)).to(device)
+    new = replace(PRESETS["nano"], **own)
+    check(new)
+    judge = start_from(args.init, fresh=True, **own) if args.init else SDSeg(new)
+    judge.to(device)
     vae = judge.vae.requires_grad_()
     optimiser = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0)
     print(f"{found.name}: {len(train_data)} training items; autoencoder of "
@@ -114,7 +118,7 @@ def main(args):
             group["lr"] = args.lr * warm * (1 - step / args.steps)
         chosen = torch.randint(len(train_data), (args.batch_size,), generator=generator)
         batch = train_data.batch([(step, int(i)) for i in chosen])
-        images = args.batch_size // 4
+        images = max(1, args.batch_size // 4)
         maps = colour_maps(batch["mask"][images:], judge.colours.cpu(), generator)
         x = torch.cat([batch["image"][:images], maps]).to(device)
         noise = torch.randn(len(x), *judge.latent_shape(), generator=generator).to(device)

@@ -3,7 +3,8 @@
 `family="sd"`: Stable Diffusion v1, spatial transformers (self-attention, optional cross-attention,
 GEGLU) and strided convolutions. `family="ldm"`: LDM as in LSUN-churches, plain attention blocks,
 scale-shift normalisation by the time step, residual blocks that resample.
-In: [z_t, z_c] (B, 8, h, w) and t (B,) int64. Out: eps (B, 4, h, w), float32.
+In: [z_t, z_c] (B, 8, h, w), or z_t (B, 4, h, w) where z_c is the context of cross-attention, and
+t (B,) int64. Out: (B, 4, h, w), float32.
 Parameter names are those of CompVis checkpoints, so public weights load as they are.
 """
 

@@ -1,7 +1,7 @@
 """KL autoencoder of latent diffusion, and the vision encoder of SDSeg.
 
-In: images (B, 3, H, W) in [-1, 1], H and W multiples of 8. Out: latents (B, 4, h, w), unscaled;
-every level of `ch_mult` but the last halves the side: h = H/8, for `nano` H/4.
+In: images (B, 3, H, W) in [-1, 1]. Out: latents (B, 4, h, w), unscaled; every level of `ch_mult`
+but the last halves the side, which must be even there: h = H/8, for `nano` H/4.
 `AutoencoderKL` carries segmentation maps into the latent space and back and stays frozen;
 `VisionEncoder` (tau in the paper) has the same encoder, is trained, and encodes the image.
 Parameter names are those of CompVis checkpoints, so public weights load as they are.
@@ -213,7 +213,7 @@ class AutoencoderKL(nn.Module):
         return mean, logvar.clamp(-30, 20)  # the clamp of the original, so that exp() stays finite
 
     def decode(self, z):
-        """z (B, 4, h, w), unscaled -> (B, 3, 8h, 8w), near [-1, 1] but not clamped."""
+        """z (B, 4, h, w), unscaled -> (B, 3, H, W), near [-1, 1] but not clamped."""
         return self.decoder(self.post_quant_conv(z.to(self.post_quant_conv.weight.dtype)))
 
 

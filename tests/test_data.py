@@ -3,6 +3,7 @@ that lie."""
 
 import gzip
 import json
+import os
 import struct
 from dataclasses import replace
 
@@ -107,6 +108,10 @@ def test_refuge2_cup_and_disc_crop(tmp_path):
     assert [len(found.parts[p]) for p in PARTS] == [11, 1, 4] and disjoint(found)
     image, ids = load_case(found.parts["test"][0], found)
     assert ids.sum() == 20 * 20 and ids.shape == (80, 80) == image.shape[:2]
+    for turned in (mask[::-1, ::-1], np.roll(mask, (78, 98), (0, 1))):  # the second in a corner
+        save(found.parts["test"][0].mask, turned)
+        image, ids = load_case(found.parts["test"][0], found)
+        assert ids.sum() == 20 * 20 and ids.shape == (80, 80) == image.shape[:2]
 
 
 def test_btcv_and_sts3d(tmp_path):
@@ -196,6 +201,9 @@ BAD = {
     ),
     "none empty": lambda r: (r / "split.json").write_text('{"train": ["case1"]}'),
     "list of 2 to 14 names": lambda r: (r / "classes.json").write_text('["one"]'),
+    "holds class id 2": lambda r: [
+        save(r / f"masks/case{i}.png", grey([0, 1, 3])) for i in range(10)
+    ],
     "have the values": lambda r: [
         save(r / f"masks/case{i}.png", grey([0, 70, 90])) for i in range(10)
     ],
@@ -547,6 +555,21 @@ def test_json_files_as_editors_write_them(tmp_path):
     (root / "classes.json").write_text('["a", "a"]')
     with pytest.raises(Refusal, match="all different"):
         find(str(root))
+
+
+def test_the_cache_goes_by_content(tmp_path):
+    """Same names, sizes and times but other bytes are other items; the same bytes are the same."""
+    first, second = (find(str(folder(tmp_path / where / "own"))) for where in "pq")
+    for case in second.parts["train"]:
+        save(case.image, 255 - np.asarray(Image.open(case.image)))
+    for a, b in zip(first.parts["train"], second.parts["train"]):
+        for file in (a.image, a.mask, b.image, b.mask):
+            os.utime(file, (0, 0))
+    a, b = (SegmentationData(found, "train", 16) for found in (first, second))
+    assert a.key != b.key and not np.array_equal(a.images, b.images)
+    for case in first.parts["train"]:
+        os.utime(case.image, (1, 1))
+    assert SegmentationData(first, "train", 16).key == a.key
 
 
 def test_a_damaged_cache_is_made_anew(tmp_path):

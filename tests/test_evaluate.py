@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -156,15 +157,12 @@ def test_volumes_are_scored_whole(tmp_path):
     assert float(case["dice"]) == pytest.approx((a + b) / 2, abs=1e-6)
 
 
-def test_the_split_is_the_run_s_own(model, tmp_path, capsys):
-    """Without --split, a run by sequence is scored by sequence; another split gets a warning."""
-    config = {"args": {"data": "kvasir+cvc", "split": "sequence"}}
-    (tmp_path / "config.json").write_text(json.dumps(config))
+def test_the_split_is_the_model_s_own(capsys):
+    """Without --split, a model by sequence is scored by sequence; another split gets a warning."""
 
     def settled(data, *flags):
-        path = str(tmp_path / "model.safetensors")
-        args = evaluate.parse(["--data", data, "--model", path, *flags])
-        evaluate.settle_split(args)
+        args = evaluate.parse(["--data", data, "--model", "model.safetensors", *flags])
+        evaluate.settle_split(args, SDSegConfig(data="kvasir+cvc", split="sequence"))
         return args.split, bool(capsys.readouterr().out)
 
     assert settled("cvc") == ("sequence", False)
@@ -180,6 +178,10 @@ def test_refusals(model, folder, tmp_path):
     SDSeg(SDSegConfig(**SMALL, classes=("background", "cup", "disc"))).save(other)
     with pytest.raises(Refusal, match="cup"):
         run("--data", folder, "--model", other, "--out", tmp_path / "out")
+    names = shutil.copytree(folder, tmp_path / "names")
+    (names / "classes.json").write_text('["background", "disc", "cup"]')
+    with pytest.raises(Refusal, match="cup, disc; names has background, disc, cup"):
+        run("--data", names, "--model", other, "--out", tmp_path / "out")
     flags = ["--data", str(folder), "--model", str(model)]
     for bad in (["--stability", "1"], ["--steps", "-1"], ["--part", "all"], ["--stepz", "3"]):
         result = subprocess.run(

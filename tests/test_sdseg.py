@@ -87,6 +87,9 @@ def test_single_step_is_ddim_with_one_step():
     expected = model.predict_z0(z_t, t, model.denoise(z_t, t, z_c))
     assert ddim_timesteps(1) == [T - 1]
     assert torch.equal(model.reverse(z_t, z_c, ddim_timesteps(1)), expected)
+    assert len(ddim_timesteps(T)) == T
+    with pytest.raises(Refusal, match="1 to 999"):
+        ddim_timesteps(T, "leading")  # would begin at t = T
 
 
 @pytest.mark.parametrize("prediction", ["eps", "x0", "v"])
@@ -203,6 +206,8 @@ def test_draw_sets_its_share_to_the_last_step():
     for part in t.view(4, 4):
         assert (part == T - 1).sum() >= 3
     assert noise.shape == (16, 4, 2, 2)
+    alone = [draw(1, (1, 1, 1), last=0.75, first=i)[0].item() for i in range(400)]
+    assert 300 <= alone.count(T - 1) <= 303
     t, _ = draw(4000, (1, 1, 1), torch.Generator().manual_seed(0))
     assert t.min() < 5 and t.max() > 994 and abs(t.float().mean() - 499.5) < 20
 
@@ -268,6 +273,10 @@ def test_training_can_start_from_an_autoencoder_or_change_its_fusion(tmp_path):
     cross = start_from(tmp_path / "m.safetensors", fusion="cross")
     assert cross.unet.config.in_channels == 4 and cross.unet.config.context_dim == 4
     assert torch.equal(cross.unet.out[2].weight, model.unet.out[2].weight)
+    unet = replace(TINY.unet, family="ldm", context_dim=None)
+    tiny(unet=unet).save(tmp_path / "ldm.safetensors")
+    with pytest.raises(Refusal, match="sd family"):  # it would never see the image
+        start_from(tmp_path / "ldm.safetensors", fusion="cross")
 
 
 @pytest.mark.parametrize("fusion", ["concat", "cross"])

@@ -4,9 +4,11 @@ import csv
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -191,9 +193,87 @@ def test_what_a_user_can_mend_is_one_line(place, monkeypatch, error, advice):
     monkeypatch.setattr(train, "main", fail)
     with pytest.raises(Refusal, match=advice):
         train.main_or_refusal(args)
-    error = RuntimeError("shapes differ")
-    with pytest.raises(RuntimeError, match="shapes differ"):
-        train.main_or_refusal(args)
+    for words in ("shapes differ", "an illegal memory access was encountered"):
+        error = RuntimeError(words)
+        with pytest.raises(RuntimeError, match=words):
+            train.main_or_refusal(args)
+
+
+def test_a_run_may_be_moved_and_copied(place):
+    """--resume works in the folder it is given, keeps what the run began with, touches no other."""
+    run(place, "first")
+    before = {p: p.read_bytes() for p in (place / "first").rglob("*.*")}
+    shutil.copytree(place / "first", place / "second")
+    train.main(train.parse(["--resume", str(place / "second"), "--steps", "8", "--device", "cpu"]))
+    assert state(place / "second")["step"] == 8
+    assert {p: p.read_bytes() for p in (place / "first").rglob("*.*")} == before
+    first, second = (
+        json.loads((place / name / "config.json").read_text()) for name in ("first", "second")
+    )
+    changed = {"steps": 8, "out": str(place / "second"), "resume": str(place / "second")}
+    assert second["args"] == first["args"] | changed
+
+
+def test_a_signal_saves_before_it_validates(place, monkeypatch):
+    """torchrun kills after 30 seconds: a validation that never ends loses no step."""
+
+    def signal_at_2(self, step):
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def endless(*args):
+        raise MemoryError("as if killed")
+
+    monkeypatch.setattr(train.Average, "update", signal_at_2)
+    monkeypatch.setattr(train, "validate", endless)
+    with pytest.raises(MemoryError):
+        run(place, "run", "--eval-every", "6")
+    assert state(place / "run")["step"] == 3
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_piece(place):
+    """Where resume.pt cannot be written whole, the one before it stays."""
+    resource = pytest.importorskip("resource")
+    run(place, "run", steps=2)
+    before, limit = state(place / "run"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limit[1]))  # a file's size, like a disk's
+    try:
+        p = [torch.nn.Parameter(torch.zeros(100_000))]
+        parts = train.Average(p, 0.9), torch.optim.AdamW(p)
+        with pytest.raises(Refusal, match="disk full"):
+            train.save_state(place / "run", 3, 0.5, "key", p, *parts)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    assert same(state(place / "run"), before) and state(place / "run")["step"] == 2
+    assert not [x for x in (place / "run").iterdir() if x.name.startswith(".tmp")]
+
+
+def test_every_process_gets_an_image(place, monkeypatch):
+    """The recipe's batch is rounded up to torchrun's processes; the user's own is refused."""
+    monkeypatch.setenv("WORLD_SIZE", "5")
+    flags = ["--data", "demo", "--init", str(place / "tiny.safetensors"), "--out", str(place)]
+    args = train.parse(flags)
+    train.settings(args)
+    assert args.batch_size == 20  # nano has 16
+    args = train.parse([*flags, "--batch-size", "4"])
+    train.settings(args)
+    assert args.batch_size == 4
+
+
+def test_other_splits_of_cvc_are_told(place, capsys, monkeypatch):
+    """Weights that learned from one split have seen what the other holds out."""
+    model = SDSeg.load(place / "tiny.safetensors")
+    model.config = replace(model.config, data="cvc", split="sequence")
+    model.save(place / "seen.safetensors")
+    for path in (place / "own").rglob("*.png"):  # a video each
+        path.rename(path.with_name(f"frame {30 * int(path.stem)}.png"))
+    (place / "own").rename(place / "CVC-ClinicDB")
+    for split, told in (("random", True), ("sequence", False)):
+        flags = ["--data", "cvc", "--root", str(place), "--split", split]
+        flags += ["--init", str(place / "seen.safetensors")]
+        run(place, split, *flags, steps=1)
+        assert ("beware" in capsys.readouterr().out) == told
+        assert SDSeg.load(place / split / "model.safetensors").config.split == split
 
 
 def test_a_killed_run_goes_on_from_its_last_save(place, monkeypatch):

@@ -60,6 +60,14 @@ def test_the_split_is_that_of_train(tmp_path):
         train_vae.main(train_vae.parse(flags))
 
 
+@pytest.mark.parametrize("flag, value", [("size", "50"), ("batch-size", "1")])
+def test_what_cannot_be_trained_is_refused(run, flag, value):
+    """A size that three levels do not halve evenly, a batch without both images and maps."""
+    with pytest.raises((Refusal, SystemExit)) as error:
+        run(f"--{flag}", value)
+    assert getattr(error.value, "code", 2) == 2
+
+
 def test_a_third_of_the_maps_are_the_masks_as_they_are():
     """The data set's own classes in its own colours; the others up to four colours each."""
     generator = torch.Generator().manual_seed(0)
