@@ -6,7 +6,7 @@ run, so that whatever else the machine does falls on all alike. With diffusers i
 `--diffusers` also times its modules of the same sizes, as they come, inside our sampler.
 """
 
-from common import Parser, Refusal, duration, positive, run, within
+from common import Parser, Refusal, duration, out_of_memory, positive, run, within
 
 
 def positive_list(text):
@@ -360,7 +360,9 @@ def measure_training(config, device, seconds, compiled):
 def main(args):
     try:
         measure(args)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise Refusal("out of the device's memory; try smaller --batch-sizes") from None
 
 

@@ -27,10 +27,11 @@ def one_line(error):
 def run(main):
     """Call `main` and turn what a user can mend into one line on stderr and an exit status.
 
-    A Refusal, or an OSError (disk full, no permission), exits 2. Whatever `main` returns is the
-    exit status otherwise. Any other exception is a bug and keeps its traceback.
+    A Refusal, an OSError (disk full, no permission) and too little memory exit 2. Whatever `main`
+    returns is the exit status otherwise. Any other exception is a bug and keeps its traceback.
     """
     keep_freed_memory()
+    sys.stdout, sys.stderr = (s or open(os.devnull, "w") for s in (sys.stdout, sys.stderr))
     try:
         sys.exit(main())
     except BrokenPipeError:  # the reader of our output went away, as `head` does
@@ -38,9 +39,18 @@ def run(main):
         sys.exit(141)
     except KeyboardInterrupt:
         sys.exit(130)
-    except (Refusal, OSError) as error:
+    except (Refusal, OSError, RuntimeError, MemoryError) as error:
+        if not isinstance(error, (Refusal, OSError)) and not out_of_memory(error):
+            raise
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def out_of_memory(error):
+    """Whether an exception says so: Python's and NumPy's MemoryError, PyTorch's RuntimeErrors."""
+    text = f"{type(error).__name__}: {error}"
+    signs = ("OutOfMemoryError", "out of memory", "allocate memory")
+    return isinstance(error, MemoryError) or any(sign in text for sign in signs)
 
 
 def keep_freed_memory():

@@ -379,7 +379,9 @@ def own_classes(folder, cases, volumes):
     path = folder / "classes.json"
     names = read_json(path)
     if names is not None:
-        good = isinstance(names, list) and all(isinstance(n, str) and n for n in names)
+        good = isinstance(names, list) and all(
+            isinstance(n, str) and n and n.isprintable() for n in names
+        )
         if not good or not 2 <= len(names) == len(set(names)) <= MAX_CLASSES:
             raise Refusal(f"{path}: needs a list of 2 to {MAX_CLASSES} names, all different, the "
                           "background first")  # fmt: skip
@@ -536,7 +538,7 @@ def fingerprint(found, part, size):
 
 def cached(found, part, size, key):
     """-> images (N, S, S, 3) uint8, masks (N, S, S) uint8, names; memory-mapped from the cache."""
-    folder = Path(os.environ.get("SDSEG_CACHE", Path.home() / ".cache" / "sdseg"))
+    folder = Path(os.environ.get("SDSEG_CACHE") or os.path.expanduser("~/.cache/sdseg"))
     files = [folder / f"{key}-{kind}" for kind in ("images.npy", "masks.npy", "names.json")]
     try:
         images, masks = (np.load(file, mmap_mode="r") for file in files[:2])
@@ -635,6 +637,9 @@ def contact_sheet(rows, k):
 
 def main(args):
     found = find(args.data, args.root, args.split)
+    inputs = (p for cases in found.parts.values() for c in cases for p in (c.image, c.mask) if p)
+    if os.path.realpath(args.out) in map(os.path.realpath, inputs):
+        raise Refusal(f"{args.out}: is one of the data set's files; choose another --out")
     if args.list:
         print("\n".join(case.name for case in found.parts[args.list]))
         return

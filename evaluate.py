@@ -159,7 +159,10 @@ def gallery(model, found, cases, dice, args):
 
 
 def write_csv(path, header, rows):
-    with whole_file(path) as temporary, open(temporary, "w", newline="", encoding="utf-8") as file:
+    with (
+        whole_file(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
         csv.writer(file).writerows([header, *rows])
 
 

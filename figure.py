@@ -24,6 +24,7 @@ def parse(argv=None):
 if __name__ == "__main__":
     ARGS = parse()  # before the heavy imports, so that --help and a wrong flag answer at once
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -182,8 +183,9 @@ def draw_method(model, image, ids, seed):
 def main(args):
     if Path(args.out).suffix.lower() != ".png":
         raise Refusal(f"{args.out}: the figure is a PNG; give it a name that ends in .png")
-    if args.picture and Path(args.out).resolve() == Path(args.picture).resolve():
-        raise Refusal(f"{args.out}: is the picture itself; choose another --out")
+    inputs = [os.path.realpath(path) for path in (args.picture, args.mask) if path]
+    if os.path.realpath(args.out) in inputs:
+        raise Refusal(f"{args.out}: is the picture or its mask; choose another --out")
     path = args.model or Path(__file__).parent / "weights" / "nano.safetensors"
     model = SDSeg.load(path, find_device(args.device))
     image, ids = load_pair(args, model.config.image_size, len(model.config.classes))

@@ -19,6 +19,7 @@ from PIL import Image, ImageOps
 from common import Refusal, one_line, whole_file
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # no others, whatever a file contains
 VOLUME_ENDINGS = (".nii.gz", ".nii")
 MAX_PIXELS = 100_000_000  # of a picture: 10,000 x 10,000
 MAX_BYTES = 8 << 30  # of a volume, decompressed
@@ -40,7 +41,7 @@ def stem(path):
 def open_image(path):
     """A decoded PIL image, its first frame, upright. Raises Refusal."""
     try:
-        with Image.open(path) as image:
+        with Image.open(path, formats=FORMATS) as image:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise Refusal(f"{path}: {width} x {height} pixels; at most 100 million are read")
@@ -58,6 +59,15 @@ def open_image(path):
         raise Refusal(f"{path}: not a readable picture ({one_line(error)[:120]})") from None
 
 
+def finite(values):
+    """NaN and infinities become the nearest finite extreme, NaN the lowest."""
+    good = np.isfinite(values)
+    if good.all():
+        return values
+    low, high = (values[good].min(), values[good].max()) if good.any() else (0, 0)
+    return np.nan_to_num(values, nan=low, neginf=low, posinf=high)
+
+
 def read_image(path):
     """Any picture -> uint8 (H, W, 3). Raises Refusal.
 
@@ -66,7 +76,7 @@ def read_image(path):
     """
     image = open_image(path)
     if image.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(image, dtype=np.float32))
+        values = finite(np.asarray(image, dtype=np.float32))
         low, high = values.min(), values.max()
         grey = (values - low) / max(high - low, 1e-9) * 255
         return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
@@ -79,6 +89,11 @@ def read_image(path):
 def read_mask(path):
     """A picture of class ids or of black and white -> its values, uint8 (H, W). Raises Refusal."""
     image = open_image(path)
+    if image.mode == "P":  # its indices are class ids, unless its colours are black and white
+        palette = np.reshape(image.getpalette("RGB"), (-1, 3))
+        used = {tuple(palette[index]) for _, index in image.getcolors()}
+        if any(used <= {(0, 0, 0), (white,) * 3} for white in (1, 255)):
+            image = image.convert("L")
     if image.mode == "1":
         image = image.convert("L")
     if image.mode in ("RGBA", "LA", "CMYK", "YCbCr", "PA"):
@@ -127,7 +142,10 @@ def nifti_bytes(path):
         size = int(header.get_data_offset()) + math.prod(map(int, shape)) * itemsize
         if not shape or min(shape) < 1 or not 0 < size <= MAX_BYTES:
             raise Refusal(f"{path}: a volume of {shape} voxels; at most 8 GB are read")
+        if bytes(header["magic"])[:2] != b"n+":
+            raise Refusal(f"{path}: half of a pair, .hdr and .img; save it as one .nii")
         content = start + file.read(max(size - len(start), 0))
+        file.read(1 << 20)  # to the end, where gzip finds out whether what it read was right
     if len(content) < size:
         raise Refusal(f"{path}: truncated, {len(content)} of {size} bytes; copy it again")
     return kind, content
@@ -153,21 +171,18 @@ def read_volume(path):
             raise Refusal(f"{path}: {len(shape)}-D, {shape}; save the one volume that you want")
         if not np.isfinite(image.affine).all():
             raise Refusal(f"{path}: its affine holds NaN or infinity; repair the header")
-        values = np.asarray(image.dataobj, dtype=np.float32).reshape((shape + (1,))[:3])
+        with np.errstate(over="ignore"):  # beyond float32 is infinity
+            values = np.asarray(image.dataobj, dtype=np.float32).reshape((shape + (1,))[:3])
     except (FileNotFoundError, PermissionError, IsADirectoryError) as error:
         raise Refusal(f"{path}: {error.strerror}") from None
     except Refusal:
         raise
     except (Exception, zlib.error) as error:  # a damaged file leads nibabel into many kinds
         raise Refusal(f"{path}: not a readable NIfTI volume ({one_line(error)[:120]})") from None
-    finite = np.isfinite(values)
-    if not finite.all():
-        low, high = (values[finite].min(), values[finite].max()) if finite.any() else (0, 0)
-        values = np.nan_to_num(values, nan=low, neginf=low, posinf=high)
     turns = nib.io_orientation(image.affine)
     if np.isnan(turns).any():  # an affine that flattens space says nothing of orientation
         turns = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)
-    values = nib.apply_orientation(values, turns)
+    values = nib.apply_orientation(finite(values), turns)
     return values, Geometry(image.header, image.affine, shape, turns)
 
 

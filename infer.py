@@ -8,7 +8,7 @@ Several GPUs: `torchrun --nproc_per_node=8 infer.py folder/`.
 Letters: B batch, C scores (1, or K for K > 2 classes), H W a picture's own size, S the model's.
 """
 
-from common import Parser, Progress, Refusal, one_line, positive, run
+from common import Parser, Progress, Refusal, one_line, out_of_memory, positive, run
 
 
 def parse(argv=None):
@@ -77,7 +77,9 @@ def predict(model, images, steps, samples, seed, spacing="trailing"):
             change = scores - mean  # Welford's update: one sample in memory at a time
             mean = mean + change / n
             spread = spread + change * (scores - mean)
-    except torch.OutOfMemoryError:
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
+            raise
         raise Refusal(f"out of memory with {len(batch)} pictures; lower --batch-size") from None
     if not mean.isfinite().all():
         raise Refusal("the scores are not finite; try --precision fp32, or another --model")
@@ -161,13 +163,15 @@ def plan(paths, out):
         for source in inside:
             target = Path(out, source.relative_to(top).parent, files.stem(source))
             first = jobs.setdefault(target, source)
-            if first.resolve() != source.resolve():
+            if os.path.realpath(first) != os.path.realpath(source):
                 raise Refusal(f"{source}: its mask would overwrite that of {first}; "
                               "do one of them with another --out")  # fmt: skip
-    folders = {source.parent.resolve() for source in jobs.values()}
+    folders = {os.path.realpath(source.parent) for source in jobs.values()}
     for target in jobs:
         there = [f"{target}{ending}" for ending in WRITTEN if os.path.lexists(f"{target}{ending}")]
-        if there and target.parent.resolve() in folders:  # an input itself, or a mask drawn by hand
+        if (
+            there and os.path.realpath(target.parent) in folders
+        ):  # an input itself, or a mask drawn by hand
             raise Refusal(f"{there[0]}: lies among the inputs and would be overwritten; "
                           "use another --out")  # fmt: skip
     return list(jobs.items())

@@ -347,6 +347,8 @@ def find_device(name=None):
         mps = torch.backends.mps.is_available()
         name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
     try:
+        if torch.device(name).type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("neither cuda nor mps nor cpu")
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError) as error:
         raise Refusal(f"--device {name}: {one_line(error)[:100]}; try --device cpu") from None
@@ -400,15 +402,22 @@ def check(config):
     u, v = config.unet, config.vae
     sizes = [v.ch, *v.ch_mult, v.num_res_blocks, v.z_channels, u.model_channels, *u.channel_mult]
     sizes += [u.in_channels, u.out_channels, u.num_res_blocks, u.num_heads, u.context_dim or 1]
-    if not all(1 <= n <= 8192 for n in [*sizes, config.image_size]):
+    levels = len(u.channel_mult), len(v.ch_mult)
+    if not all(1 <= n <= 8192 for n in [*sizes, *levels, config.image_size]):
         raise Refusal("config has a size out of range")
-    if max(len(u.channel_mult), len(v.ch_mult), u.num_res_blocks, v.num_res_blocks) > 8:
+    if max(*levels, u.num_res_blocks, v.num_res_blocks) > 8:
         raise Refusal("config has too many blocks")
-    unit = 2 ** (len(v.ch_mult) + len(u.channel_mult) - 2)  # of image_size: all levels halve it
+    unit = 2 ** (sum(levels) - 2)  # of image_size: all levels halve it
     if config.image_size % unit:
         raise Refusal(f"pictures of {config.image_size} px; this network takes multiples of {unit}")
-    if config.fusion == "cross" and u.family == "ldm":
+    if any(u.model_channels * m % u.num_heads for m in u.channel_mult):
+        raise Refusal(f"config shares out its channels over {u.num_heads} heads, with a rest")
+    cross = config.fusion == "cross"
+    if cross and u.family == "ldm":
         raise Refusal("fusion by cross-attention needs a U-Net that has some: the sd family's")
+    tokens, inputs = (u.context_dim, v.z_channels) if cross else (v.z_channels, 2 * v.z_channels)
+    if (u.in_channels, u.out_channels, tokens) != (inputs, v.z_channels, v.z_channels):
+        raise Refusal("config has a U-Net whose inputs and outputs are not the latents'")
     for value, allowed in (
         (config.prediction, ("eps", "x0", "v")),
         (config.split, ("random", "sequence")),

@@ -7,7 +7,7 @@ run repeats an uninterrupted one, and two processes with half a batch each take 
 Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`.
 """
 
-from common import Parser, Refusal, any_seed, duration, one_line, positive, run, whole_file, within
+from common import Parser, Refusal, any_seed, positive, run, within
 
 # What differs between the paper's models and the small one, unless a flag says otherwise.
 PAPER = dict(steps=100_000, batch_size=4, lr=4e-5, warmup=1000, eval_every=2000, ema=0.9999,
@@ -77,6 +77,7 @@ if __name__ == "__main__":
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -94,6 +95,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import read_weights
+from common import duration, one_line, out_of_memory, whole_file
 from data import SegmentationData, find, write_image
 from metrics import dice
 from sdseg import SDSegConfig, draw, find_device, has_fast_bf16, split_seen, start_from
@@ -246,16 +248,27 @@ def read_resume(path):
         raise Refusal(f"{path}: cannot be resumed from ({one_line(error)[:200]})") from None
 
 
+def saved_flags(folder):
+    """The settings of the run in `folder`, read again as the command line was. Raises Refusal."""
+    path = Path(folder) / "config.json"
+    try:
+        saved = json.loads(path.read_text())["args"].items()
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise Refusal(f"{path}: not the folder of a run; it needs config.json") from None
+    flags = [(f"--{k.replace('_', '-')}", v) for k, v in saved if v not in (None, False)]
+    args = parse([flag if value is True else f"{flag}={value}" for flag, value in flags])
+    missing = [name for name in PAPER if getattr(args, name) is None]
+    if missing or not args.data:
+        raise Refusal(f"{path}: does not say {', '.join(missing) or 'data'}; of another version?")
+    return args
+
+
 def settings(args):
     """Fill in what the user left open -> the weights to start from, and why these."""
     if args.resume:
-        path = Path(args.resume) / "config.json"
-        try:
-            saved = json.loads(path.read_text())["args"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise Refusal(f"{path}: not the folder of a run; it needs config.json") from None
         names = ("resume", "device", "workers") + (("steps",) if args.steps else ())
-        vars(args).update({**saved, **{k: getattr(args, k) for k in names}, "out": args.resume})
+        own = {k: getattr(args, k) for k in names}
+        vars(args).update({**vars(saved_flags(args.resume)), **own, "out": args.resume})
         return Path(args.resume) / "model.safetensors", "as --resume says"
     why = "as --init says"
     if args.init is None:
@@ -364,6 +377,13 @@ def save_state(folder, step, best, key, trained, average, optimiser):
                           ) from None  # fmt: skip
 
 
+def fitting(saved, p):
+    """The saved tensor, if it has the parameter's shape: PyTorch would broadcast, or crash."""
+    if saved.shape != p.shape:
+        raise ValueError(f"{list(saved.shape)} where {list(p.shape)} is needed")
+    return saved
+
+
 def restore(folder, trained, average, optimiser, key):
     """Put a run's state back -> step, best Dice. Raises Refusal if it does not fit."""
     path = folder / "resume.pt"
@@ -374,10 +394,17 @@ def restore(folder, trained, average, optimiser, key):
         with torch.no_grad():
             for live, saved in zip((trained, average.mean), (state["trained"], state["average"])):
                 for p, q in zip(live, saved, strict=True):
-                    p.copy_(q)
-        optimiser.load_state_dict(state["optimiser"])
+                    p.copy_(fitting(q, p))
+        moments = state["optimiser"]["state"]
+        for i, p in enumerate(trained):
+            for name in ("exp_avg", "exp_avg_sq"):
+                fitting(moments[i][name], p)
+        groups = optimiser.state_dict()["param_groups"]
+        optimiser.load_state_dict({"state": moments, "param_groups": groups})
+        if not 0 < state["step"] < 1e9:
+            raise ValueError(f"step {state['step']}")
         return int(state["step"]), float(state["best"])
-    except (KeyError, ValueError, TypeError, RuntimeError) as error:
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError) as error:
         raise Refusal(f"{path}: does not fit this model ({one_line(error)[:200]})") from None
 
 
@@ -470,6 +497,8 @@ def main(args):
     # Not without --compile: on a GPU every group norm would copy such a tensor twice
     model.to(device=device, memory_format=torch.channels_last if args.compile else None)
     scale = 1 / mask_std(model, train_data)
+    if not math.isfinite(scale):
+        raise Refusal(f"{path}: its autoencoder makes masks NaN; take other weights")
     model.config = replace(model.config, mask_scale=scale)
     trained = [p for p in model.parameters() if p.requires_grad]
     out = Path(args.out)
@@ -556,13 +585,12 @@ def main_or_refusal(args):
     """`main`, with what a user can do about a full memory, or no compiler, not a traceback."""
     try:
         return main(args)
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError) as error:
         if args.compile and ("C compiler" in str(error) or "C++ compiler" in str(error)):
             raise Refusal(
                 "--compile needs a C++ compiler, and none is found; train without it"
             ) from None
-        words = str(error)
-        if "out of memory" not in words and "allocate memory" not in words:
+        if not out_of_memory(error):
             raise
         smaller = f"--batch-size {args.batch_size // 2}, or " if args.batch_size > 1 else ""
         raise Refusal(f"out of memory; try {smaller}a smaller --size") from None

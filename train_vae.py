@@ -5,7 +5,7 @@ The paper takes Stable Diffusion's; this shows how one is made. It learns to rec
 Writes a `.safetensors` of the autoencoder alone, which `train.py --init` accepts.
 """
 
-from common import Parser, any_seed, duration, positive, run, within
+from common import Parser, Refusal, any_seed, duration, positive, run, within
 
 
 def parse(argv=None):
@@ -88,6 +88,8 @@ def pairs(vae, x):
 
 
 def main(args):
+    if Path(args.out).suffix != ".safetensors" or Path(args.out).is_dir():
+        raise Refusal(f"{args.out}: the file to write needs a name that ends in .safetensors")
     torch.manual_seed(args.seed)
     device = find_device(args.device)
     bf16 = args.precision == "bf16" or (args.precision == "auto" and has_fast_bf16(device))
@@ -132,6 +134,8 @@ def main(args):
         # 4. Log and save
         done = step + 1
         if done % args.log_every == 0 or done == args.steps:
+            if not l1.isfinite():
+                raise Refusal(f"the loss is not finite at step {done}; lower --lr")
             left = (time.monotonic() - began) / done * (args.steps - done)
             score, std = round_trip(judge, val_data, 64), mask_std(judge, val_data, 64)
             print(f"step {done}  l1 {l1.item():.4f}  kl {kl.item():.2f}  masks' round trip: Dice "

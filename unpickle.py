@@ -71,7 +71,7 @@ def step(opcode, arg, taken, storage):
         case "BUILD":  # sets attributes, of which a container needs none
             return taken[:1]
         case "STACK_GLOBAL":
-            return [" ".join(taken)]
+            return [" ".join(word[:1000] for word in taken)]  # lest it be doubled again and again
         case "BINPERSID":
             return [storage(*taken[0][1:])]
         case "REDUCE":

@@ -183,9 +183,12 @@ def test_a_missing_model_and_too_little_memory_are_refused(tmp_path, monkeypatch
     with pytest.raises(Refusal, match="no such file"):
         benchmark.main(args)
 
-    def full(args):
-        raise torch.OutOfMemoryError
+    cpu = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes.")
+    for error in (torch.OutOfMemoryError(), cpu, MemoryError()):
 
-    monkeypatch.setattr(benchmark, "measure", full)
-    with pytest.raises(Refusal, match="batch-sizes"):
-        benchmark.main(args)
+        def full(args, error=error):
+            raise error
+
+        monkeypatch.setattr(benchmark, "measure", full)
+        with pytest.raises(Refusal, match="batch-sizes"):
+            benchmark.main(args)

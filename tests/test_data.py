@@ -348,6 +348,38 @@ def test_sixteen_bits_use_their_own_range(tmp_path):
     assert image.min() == 0 and image.max() == 255
 
 
+def test_one_infinite_pixel_changes_no_other(tmp_path):
+    """NaN and infinities become the nearest finite extreme, as in volumes."""
+    values = np.linspace(1000, 1100, 64, dtype=np.float32).reshape(8, 8)
+    Image.fromarray(values).save(tmp_path / "f.tif")
+    clean = read_image(tmp_path / "f.tif")
+    for odd, expected in ((np.inf, 255), (np.nan, 0), (-np.inf, 0)):
+        values[3, 3] = odd
+        Image.fromarray(values).save(tmp_path / "f.tif")
+        image = read_image(tmp_path / "f.tif")
+        assert (image[3, 3] == expected).all()
+        image[3, 3] = clean[3, 3]
+        assert np.array_equal(image, clean)
+
+
+def test_a_mask_with_a_palette(tmp_path):
+    """Black and white are what they look like, whatever their indices; other indices are ids."""
+    ids = np.eye(6, dtype=np.uint8)
+    for palette, k in (([255] * 3 + [0] * 3, 1), ([0] * 3 + [255] * 3, 0), ([9, 0, 0, 0, 9, 0], 0)):
+        image = Image.frombytes("P", ids.shape, (ids ^ k).tobytes())
+        image.putpalette(palette)
+        for ending in ("png", "gif"):
+            image.save(tmp_path / f"m.{ending}")
+            assert np.array_equal(read_mask(tmp_path / f"m.{ending}") > 0, ids)
+
+
+def test_only_pictures_are_opened(tmp_path):
+    """PostScript, which Pillow would hand to another program, is refused under any name."""
+    (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
+    with pytest.raises(Refusal, match="cannot identify"):
+        read_image(tmp_path / "x.png")
+
+
 def test_exif_orientation_turns_the_picture(tmp_path):
     """A photograph taken upright comes out upright, and the mask beside it likewise."""
     exif = Image.Exif()
@@ -487,6 +519,33 @@ def test_bad_volumes_are_refused_in_one_line(make, tmp_path):
     assert "\n" not in str(error.value)
 
 
+def test_a_damaged_gzip_is_noticed(tmp_path):
+    """Any of its bits turned, or its end cut off: refused, or the voxels are right all the same."""
+    values = np.random.default_rng(0).integers(0, 9, (9, 8, 7)).astype(np.int16)
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "v.nii.gz")
+    content, right = (tmp_path / "v.nii.gz").read_bytes(), read_volume(tmp_path / "v.nii.gz")[0]
+    damaged = [bytearray(content) for _ in range(40)]
+    for copy, place in zip(damaged, np.linspace(10, len(content) - 1, len(damaged)).astype(int)):
+        copy[place] ^= 16
+    refused = 0
+    for copy in (*damaged, content[:-8]):
+        (tmp_path / "v.nii.gz").write_bytes(copy)
+        try:
+            assert np.array_equal(read_volume(tmp_path / "v.nii.gz")[0], right)
+        except Refusal:
+            refused += 1
+    assert refused > 35
+
+
+def test_half_of_a_pair_is_refused(tmp_path):
+    """A .hdr renamed to .nii would be segmented from its own header on."""
+    header = nib.nifti1.Nifti1PairHeader()
+    header.set_data_shape((4, 4, 4))
+    (tmp_path / "v.nii").write_bytes(header.structarr.tobytes() + bytes(600))
+    with pytest.raises(Refusal, match="half of a pair"):
+        read_volume(tmp_path / "v.nii")
+
+
 def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path):
     """200 MB of zeros behind a small volume are never unpacked."""
     zip_bomb(tmp_path / "v.nii.gz")
@@ -555,6 +614,13 @@ def test_json_files_as_editors_write_them(tmp_path):
     (root / "classes.json").write_text('["a", "a"]')
     with pytest.raises(Refusal, match="all different"):
         find(str(root))
+
+
+def test_the_check_overwrites_no_input(tmp_path):
+    """`--out` may not be a file of the data set."""
+    root = folder(tmp_path / "own")
+    with pytest.raises(Refusal, match="another --out"):
+        data.main(data.parse(["--data", str(root), "--out", str(root / "masks/case1.png")]))
 
 
 def test_the_cache_goes_by_content(tmp_path):

@@ -128,6 +128,7 @@ def test_refusals(place):
         draw(place, place / "none.png")
     with pytest.raises(Refusal, match="ends in .png"):
         figure.main(figure.parse(["--out", str(place / "figure.jpg")]))
-    with pytest.raises(Refusal, match="the picture itself"):
-        figure.main(figure.parse([str(picture), "--out", str(picture)]))
+    for out in (picture, mask):
+        with pytest.raises(Refusal, match="picture or its mask"):
+            figure.main(figure.parse([str(picture), "--mask", str(mask), "--out", str(out)]))
     assert not (place / "figure.jpg").exists()

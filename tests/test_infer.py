@@ -243,9 +243,11 @@ def test_one_bad_file_does_not_stop_the_rest(model, tmp_path, capsys):
     picture(tmp_path / "in/a.png")
     picture(tmp_path / "in/z.png")
     (tmp_path / "in/bad.png").write_bytes(b"no picture")
+    (tmp_path / "in/loop.png").symlink_to("loop.png")
     assert segment(tmp_path / "in", model=model, out=tmp_path / "o") == 1
     assert len(list((tmp_path / "o").glob("*_mask.png"))) == 2
-    assert capsys.readouterr().err.count("bad.png: not a readable picture") == 1
+    errors = capsys.readouterr().err
+    assert errors.count("bad.png: not a readable picture") == errors.count("loop.png: ") == 1
     assert segment(tmp_path / "in/bad.png", model=model, out=tmp_path / "p") == 2
     assert not (tmp_path / "p").exists()
 
@@ -363,3 +365,12 @@ def test_the_command_line_refuses_in_one_line(tmp_path):
             cwd=tmp_path,
         )
         assert done.returncode == 2 and words in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_closed_streams_are_no_error(model, tmp_path):
+    """A program started without stdout and stderr does its work."""
+    picture(tmp_path / "a.png")
+    flags = f"a.png --model {model} --out o --device cpu >&- 2>&-"
+    command = f"{sys.executable} {ROOT / 'infer.py'} {flags}"
+    assert subprocess.run(command, shell=True, cwd=tmp_path).returncode == 0
+    assert (tmp_path / "o/a_mask.png").exists()

@@ -259,6 +259,19 @@ def test_loading_is_strict_and_names_what_is_wrong(tmp_path):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("changes", [
+    dict(vae=replace(TINY.vae, ch_mult=())), dict(fusion="cross"), dict(split="half"),
+    dict(unet=replace(TINY.unet, num_heads=7)), dict(unet=replace(TINY.unet, in_channels=4)),
+])  # fmt: skip
+def test_a_config_of_no_network_is_refused(changes, tmp_path):
+    """A foreign file's config: one line, whatever network it would describe."""
+    model = tiny()
+    model.config = replace(TINY, **changes)
+    model.save(tmp_path / "m.safetensors")
+    with pytest.raises(Refusal, match="m.safetensors: "):
+        SDSeg.load(tmp_path / "m.safetensors")
+
+
 def test_training_can_start_from_an_autoencoder_or_change_its_fusion(tmp_path):
     """start_from: the autoencoder is kept, tau is E again, and what fits is kept on request."""
     model = tiny()

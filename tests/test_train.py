@@ -248,6 +248,44 @@ def test_a_full_disk_is_one_line_and_leaves_no_piece(place):
     assert not [x for x in (place / "run").iterdir() if x.name.startswith(".tmp")]
 
 
+def damaged(value, *keys):
+    """A change of resume.pt's content: what the keys lead to becomes `value`."""
+
+    def change(content):
+        for key in keys[:-1]:
+            content = content[key]
+        content[keys[-1]] = value
+
+    return change
+
+
+@pytest.mark.parametrize("change", [
+    damaged(torch.tensor(1.0), "trained", 3), damaged(float("inf"), "step"), damaged(-3, "step"),
+    damaged(None, "optimiser"), damaged([], "optimiser", "state"),
+    damaged(torch.zeros(2), "optimiser", "state", 0, "exp_avg"),
+])  # fmt: skip
+def test_a_damaged_state_is_refused(place, change):
+    """What PyTorch would broadcast, or crash on, is one line."""
+    run(place, "run", steps=2)
+    content = state(place / "run")
+    change(content)
+    torch.save(content, place / "run/resume.pt")
+    with pytest.raises(Refusal, match="does not fit"):
+        train.main(train.parse(["--resume", str(place / "run"), "--device", "cpu"]))
+
+
+@pytest.mark.parametrize("text", [
+    "[" * 10**5, '{"args": [1]}', '{"args": {}}', '{"args": {"data": "demo"}}',
+    '{"args": {"data": "demo", "seed": -5}}', '{"args": {"data": "demo", "nonsense": 1}}',
+])  # fmt: skip
+def test_damaged_settings_are_refused(place, text):
+    """config.json is read as a command line is: unknown, missing and impossible settings."""
+    (place / "config.json").write_text(text)
+    with pytest.raises((Refusal, SystemExit)) as error:
+        train.main(train.parse(["--resume", str(place)]))
+    assert getattr(error.value, "code", 2) == 2
+
+
 def test_every_process_gets_an_image(place, monkeypatch):
     """The recipe's batch is rounded up to torchrun's processes; the user's own is refused."""
     monkeypatch.setenv("WORLD_SIZE", "5")

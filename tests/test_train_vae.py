@@ -60,9 +60,13 @@ def test_the_split_is_that_of_train(tmp_path):
         train_vae.main(train_vae.parse(flags))
 
 
-@pytest.mark.parametrize("flag, value", [("size", "50"), ("batch-size", "1")])
+@pytest.mark.parametrize(
+    "flag, value", [("size", "50"), ("batch-size", "1"), ("out", "vae.png"), ("lr", "1e30")]
+)
 def test_what_cannot_be_trained_is_refused(run, flag, value):
-    """A size that three levels do not halve evenly, a batch without both images and maps."""
+    """A size that the levels do not halve evenly, a batch without images and maps, a wrong name,
+    a rate that leads to NaN.
+    """
     with pytest.raises((Refusal, SystemExit)) as error:
         run(f"--{flag}", value)
     assert getattr(error.value, "code", 2) == 2
