@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import nibabel
@@ -130,7 +131,7 @@ def test_everything_is_written(model, folder, tmp_path, capsys):
     assert "LPIPS" in output and "foreground" in output and f"{one_step:.4f}" in output
 
 
-def test_volumes_are_scored_whole(tmp_path):
+def test_volumes_are_scored_whole(tmp_path, monkeypatch):
     """A volume has one Dice per class, that of all its voxels, not a mean over slices."""
     torch.manual_seed(0)
     model, part = tmp_path / "model.safetensors", tmp_path / "data"
@@ -155,6 +156,10 @@ def test_volumes_are_scored_whole(tmp_path):
     assert float(case["dice a"]) == pytest.approx(a, abs=1e-6)
     assert float(case["dice b"]) == pytest.approx(b, abs=1e-6)
     assert float(case["dice"]) == pytest.approx((a + b) / 2, abs=1e-6)
+    # Intensities are seen through the model's window, as infer.py does, not the data set's
+    monkeypatch.setattr(evaluate, "find", lambda *args: replace(found, window=(0.0, 1.0)))
+    again = run("--data", part, "--model", model, "--out", tmp_path / "out", "--stability", 2)
+    assert again["scores"] == summary["scores"]
 
 
 def test_the_split_is_the_model_s_own(capsys):
