@@ -90,9 +90,9 @@ def read_mask(path):
     """A picture of class ids or of black and white -> its values, uint8 (H, W). Raises Refusal."""
     image = open_image(path)
     if image.mode == "P":  # its indices are class ids, unless its colours are black and white
-        palette = np.reshape(image.getpalette("RGB"), (-1, 3))
-        used = {tuple(palette[index]) for _, index in image.getcolors()}
-        if any(used <= {(0, 0, 0), (white,) * 3} for white in (1, 255)):
+        used = {colour for _, colour in image.convert("RGB").getcolors(256)}
+        plain = len(used) == len(image.getcolors())  # and no index lies outside the palette
+        if plain and any(used <= {(0, 0, 0), (white,) * 3} for white in (1, 255)):
             image = image.convert("L")
     if image.mode == "1":
         image = image.convert("L")

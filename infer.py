@@ -169,9 +169,8 @@ def plan(paths, out):
     folders = {os.path.realpath(source.parent) for source in jobs.values()}
     for target in jobs:
         there = [f"{target}{ending}" for ending in WRITTEN if os.path.lexists(f"{target}{ending}")]
-        if (
-            there and os.path.realpath(target.parent) in folders
-        ):  # an input itself, or a mask drawn by hand
+        # An input itself, or a mask drawn by hand
+        if there and os.path.realpath(target.parent) in folders:
             raise Refusal(f"{there[0]}: lies among the inputs and would be overwritten; "
                           "use another --out")  # fmt: skip
     return list(jobs.items())

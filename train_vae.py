@@ -101,9 +101,12 @@ def main(args):
 
     # 2. Model and optimiser; SDSeg lends the colours of its masks
     own = {"classes": found.classes, "image_size": args.size}
-    new = replace(PRESETS["nano"], **own)
-    check(new)
-    judge = start_from(args.init, fresh=True, **own) if args.init else SDSeg(new)
+    if args.init:
+        judge = start_from(args.init, fresh=True, **own)
+    else:
+        config = replace(PRESETS["nano"], **own)
+        check(config)
+        judge = SDSeg(config)
     judge.to(device)
     vae = judge.vae.requires_grad_()
     optimiser = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0)
