@@ -30,7 +30,8 @@ def parse(argv=None):
         f"recoloured {recipe['augment']}")  # fmt: skip
 
     add = parser.group("the run")
-    add("--resume", metavar="DIR", help="go on with the run in this folder, with its own settings")
+    add("--resume", metavar="DIR", help="go on with the run in this folder, with its own settings; "
+        "--steps, --root, --device and --workers may be others")  # fmt: skip
     add("--init", metavar="FILE", help="weights to start from (default: sd-v1, else nano)")
     add("--fresh", action="store_true", help="keep of --init only the autoencoder")
     add("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
@@ -266,7 +267,8 @@ def saved_flags(folder):
 def settings(args):
     """Fill in what the user left open -> the weights to start from, and why these."""
     if args.resume:
-        names = ("resume", "device", "workers") + (("steps",) if args.steps else ())
+        names = ["resume", "device", "workers"]
+        names += ["steps"] * bool(args.steps) + ["root"] * (args.root != "data")
         own = {k: getattr(args, k) for k in names}
         vars(args).update({**vars(saved_flags(args.resume)), **own, "out": args.resume})
         return Path(args.resume) / "model.safetensors", "as --resume says"
