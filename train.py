@@ -277,7 +277,10 @@ def settings(args):
         big, small = Path("weights/sd-v1.safetensors"), Path(__file__).parent / "weights"
         args.init = str(big if big.exists() else small / "nano.safetensors")
         why = "converted weights are there" if big.exists() else "no weights/sd-v1.safetensors here"
-    preset = read_weights(args.init, SDSegConfig)[0].preset
+    config = read_weights(args.init, SDSegConfig)[0]
+    preset = config.preset
+    if split_seen(config, args.data) not in (None, args.split):
+        why += "; beware: they have seen cvc split otherwise, so cases held out here"
     for name, value in (NANO if preset == "nano" else PAPER).items():
         if getattr(args, name) is None:
             setattr(args, name, value)
@@ -442,11 +445,11 @@ def ignore_signals(worker):
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_model(args, found, path):
+def make_model(args, found, path, alone):
     """The model to train, its data set's properties in the config, mask scale still to be set."""
     model = start_from(
         path,
-        fresh=args.fresh and not args.resume,
+        fresh=alone,
         data=found.name,
         split=args.split,
         classes=found.classes,
@@ -487,11 +490,9 @@ def main(args):
 
     # 2. Data and model
     found = find(args.data, args.root, args.split)
-    model = make_model(args, found, path)
     alone = args.fresh and not args.resume
+    model = make_model(args, found, path, alone)
     say(f"starts from {path}{', its autoencoder alone' if alone else ''}: {why}")
-    if split_seen(read_weights(path, SDSegConfig)[0], args.data) not in (None, args.split):
-        say("beware: these weights have seen cvc split otherwise, so cases held out here")
     size = model.config.image_size
     augment = None if args.augment == "none" else args.augment
     train_data = SegmentationData(found, "train", size, augment, args.seed)
