@@ -4,12 +4,14 @@ import platform
 import re
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 
 import benchmark
 from common import Refusal
+from data import find
 from sdseg import PRESETS, SDSeg, SDSegConfig
 from unet import UNetConfig
 from vae import VAEConfig
@@ -23,6 +25,14 @@ TINY = SDSegConfig(
     prediction="x0",
     image_size=32,
 )
+
+
+@pytest.fixture(autouse=True)
+def few_drawings(monkeypatch):
+    """Loading is timed on 8 drawn pictures: to draw all 60 takes longer than what is tested."""
+    found = find("demo")
+    few = replace(found, parts={part: cases[:8] for part, cases in found.parts.items()})
+    monkeypatch.setattr(benchmark, "find", lambda name: few)
 
 
 @pytest.fixture(scope="module")
