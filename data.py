@@ -31,6 +31,7 @@ import os
 import random
 import re
 from bisect import bisect
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ from files import (
 
 PARTS = ("train", "val", "test")
 MAX_CLASSES = 14
-VERSION = 5  # of what the cache holds; raise it when reading or resizing changes
+VERSION = 6  # of what the cache holds; raise it when reading or resizing changes
 
 
 @dataclass(frozen=True)
@@ -561,17 +562,23 @@ def cached(found, part, size, key):
 
 def decode(found, part, size):
     """Read and resize a part's items, one a picture or one a slice."""
-    images, masks, names = [], [], []
-    progress = Progress(len(found.parts[part]), f"{part} files read")
-    for case in found.parts[part]:
+
+    def items_of(case):
         image, mask = load_case(case, found)
         if not found.volumes:
             image, mask = image[None], mask[None]
-        for i in range(len(image)):
-            images.append(resize_image(image[i], size))
-            masks.append(resize_mask(mask[i], size))
-            names.append(f"{case.name}:{i:03d}" if found.volumes else case.name)
-        progress.step()
+        return [resize_image(x, size) for x in image], [resize_mask(x, size) for x in mask]
+
+    images, masks, names = [], [], []
+    cases = found.parts[part]
+    progress = Progress(len(cases), f"{part} files read")
+    with ThreadPoolExecutor(1 if found.volumes else 4) as pool:  # one volume in memory
+        for case, (image, mask) in zip(cases, pool.map(items_of, cases)):
+            images += image
+            masks += mask
+            slices = [f"{case.name}:{i:03d}" for i in range(len(image))]
+            names += slices if found.volumes else [case.name]
+            progress.step()
     return np.stack(images), np.stack(masks), names
 
 

@@ -68,6 +68,13 @@ def finite(values):
     return np.nan_to_num(values, nan=low, neginf=low, posinf=high)
 
 
+def on_black(image):
+    """A PIL image without transparency: what lies behind it is black."""
+    image = image.convert("RGBA")
+    behind = Image.new("RGBA", image.size, (0, 0, 0, 255))
+    return Image.alpha_composite(behind, image).convert("RGB")
+
+
 def read_image(path):
     """Any picture -> uint8 (H, W, 3). Raises Refusal.
 
@@ -80,14 +87,15 @@ def read_image(path):
         low, high = values.min(), values.max()
         grey = (values - low) / max(high - low, 1e-9) * 255
         return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
-    if "A" in image.mode or "transparency" in image.info:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
-    return np.asarray(image.convert("RGB"))
+    clear = "A" in image.mode or "transparency" in image.info
+    return np.asarray(on_black(image) if clear else image.convert("RGB"))
 
 
 def read_mask(path):
-    """A picture of class ids or of black and white -> its values, uint8 (H, W). Raises Refusal."""
+    """A picture of class ids or of black and white -> its values, uint8 (H, W). Raises Refusal.
+
+    Transparency is laid on black, as in pictures.
+    """
     image = open_image(path)
     if image.mode == "P":  # its indices are class ids, unless its colours are black and white
         used = {colour for _, colour in image.convert("RGB").getcolors(256)}
@@ -96,7 +104,9 @@ def read_mask(path):
             image = image.convert("L")
     if image.mode == "1":
         image = image.convert("L")
-    if image.mode in ("RGBA", "LA", "CMYK", "YCbCr", "PA"):
+    if image.mode in ("RGBA", "LA", "PA"):
+        image = on_black(image)
+    if image.mode in ("CMYK", "YCbCr"):
         image = image.convert("RGB")
     values = np.asarray(image)
     if values.ndim == 3:

@@ -378,6 +378,16 @@ def test_a_mask_with_a_palette(tmp_path):
             assert np.array_equal(read_mask(tmp_path / f"m.{ending}") > 0, ids)
 
 
+def test_a_mask_cut_out_by_transparency(tmp_path):
+    """White that is clear outside of a shape is the shape: what lies behind is black."""
+    ids = np.eye(6, dtype=np.uint8)
+    for mode in ("RGBA", "LA"):
+        image = Image.new(mode, ids.shape, "white")
+        image.putalpha(Image.fromarray(255 * ids))
+        image.save(tmp_path / "m.png")
+        assert np.array_equal(read_mask(tmp_path / "m.png"), 255 * ids)
+
+
 def test_only_pictures_are_opened(tmp_path):
     """PostScript, which Pillow would hand to another program, is refused under any name."""
     (tmp_path / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EOF\n")
