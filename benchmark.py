@@ -54,7 +54,7 @@ from demo import draw_demo
 from infer import class_ids, predict
 from metrics import dice
 from sdseg import PRESETS, SDSeg, T, draw, find_device, has_fast_bf16, inference_dtype
-from studies import peak_memory
+from studies import peak_memory, synchronize
 
 PARTS = ("tau", "U-Net", "decoder")
 DIFFERENCE = "Dice {:.4f} between the masks; the scores differ by {:.5f} on average, {:.4f} at most"
@@ -69,14 +69,13 @@ def medians(calls, seconds, device):
 
     Once to warm up, then three times or more.
     """
-    waits = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize}
-    wait, times = waits.get(device.type, lambda: None), {name: [] for name in calls}
+    times = {name: [] for name in calls}
 
     def timed(call):
-        wait()
+        synchronize(device)
         start = time.perf_counter()
         call()
-        wait()
+        synchronize(device)
         return time.perf_counter() - start
 
     for call in calls.values():

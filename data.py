@@ -101,8 +101,10 @@ def class_ids(values, rule, k, path):
         return (values > 0).astype(np.uint8)
     if rule == "cup":
         return (values < 64).astype(np.uint8)
-    # Small values are class ids that the data set does not have, but for what JPEG leaves of 0.
-    if rule == "binary" and (top >= MAX_CLASSES or top > 1 and is_jpeg(path)):
+    # Small values are ids that the data set does not have, but for what JPEG leaves of 0; and one
+    # dark grey alone, as 100, was meant to be white.
+    faint = top < MAX_CLASSES or top <= 127 and len(np.unique(values)) == 2
+    if rule == "binary" and (not faint or top > 1 and is_jpeg(path)):
         return (values > 127).astype(np.uint8)
     if top >= k or values.min() < 0 or (values % 1).any():
         seen = ", ".join(f"{v:g}" for v in np.unique(values)[:20])
@@ -458,6 +460,8 @@ class SegmentationData(torch.utils.data.Dataset):
         self.flip = not (found.volumes and len(found.classes) > 2)
         self.key = fingerprint(found, part, size)
         self.images, self.masks, self.names = cached(found, part, size, self.key)
+        slices = found.volumes  # named "case:number"
+        self.cases = [n.rpartition(":")[0] for n in self.names] if slices else self.names
 
     def __len__(self):
         return len(self.names)
@@ -653,7 +657,8 @@ def main(args):
     window = (
         f", intensity window {found.window[0]:g} to {found.window[1]:g}" if found.window else ""
     )
-    print(f"{found.name}: {len(found.classes)} classes ({', '.join(found.classes)}){window}")
+    crop = ", cut to twice the optic disc that the mask shows" if found.rule == "cup" else ""
+    print(f"{found.name}: {len(found.classes)} classes ({', '.join(found.classes)}){window}{crop}")
     rows, bad = zip(*(describe(found, part) for part in PARTS))
     if found.volumes:
         first = read_volume(found.parts["train"][0].image)[1]

@@ -39,6 +39,7 @@ class SDSegConfig:
     data: str = ""  # the data set's name,
     split: str = "random"  # and how it was split,
     classes: tuple[str, ...] = ("background", "foreground")  # the class ids' names
+    version: int = 1  # of this format
 
 
 LDM = UNetConfig("ldm", 8, 4, 192, (1, 2, 2, 4, 4), 2, (1, 2, 4, 8), 8, None)
@@ -383,7 +384,11 @@ def start_from(path, fresh=False, **changes):
         inputs = config.vae.z_channels * (1 if tokens else 2)
         unet = replace(config.unet, in_channels=inputs, context_dim=tokens)
         changed = replace(changed, unet=unet)
-    check(changed)
+        first = "unet.input_blocks.0.0.weight"  # keeps the channels of z_t
+        if first in tensors:
+            z_t = tensors[first][:, : config.vae.z_channels]
+            tensors[first] = widen_conv_in(z_t, unet.in_channels)
+    build(changed, path)  # refuses what would be no network
     vae = {k.removeprefix("vae."): v for k, v in tensors.items() if k.startswith("vae.")}
     if len(vae) < len(tensors) and not fresh and changed.fusion == config.fusion:
         return assign(build(changed, path), tensors, path)
@@ -419,13 +424,15 @@ def check(config):
     if (u.in_channels, u.out_channels, tokens) != (inputs, v.z_channels, v.z_channels):
         raise Refusal("config has a U-Net whose inputs and outputs are not the latents'")
     for value, allowed in (
+        (config.version, (1,)),
         (config.prediction, ("eps", "x0", "v")),
         (config.split, ("random", "sequence")),
         (config.fusion, ("concat", "cross")),
         (u.family, ("sd", "ldm")),
     ):
         if value not in allowed:
-            raise Refusal(f"config says {value[:20]!r} where it may be {', '.join(allowed)}")
+            may = ", ".join(map(str, allowed))
+            raise Refusal(f"config says {value!r:.20} where it may be {may}")
 
 
 def build(config, path):

@@ -99,19 +99,24 @@ def peak_memory(device):
     return peak / (2**20 if platform.system() == "Darwin" else 2**10)
 
 
+def synchronize(device):
+    """Wait until the device has done its work."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
 def efficiency(model, device, batch_size, steps, samples, seconds=3.0):
     """Speed of the networks alone, from a batch of images on the device to their scores there."""
     size = model.config.image_size
     image = torch.zeros(batch_size, 3, size, size, device=device)
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     model.segment(image, steps, samples)  # the first call is slower
-    wait()
+    synchronize(device)
     start, done = time.perf_counter(), 0
     while done == 0 or time.perf_counter() - start < seconds:
         model.segment(image, steps, samples)
-        wait()
+        synchronize(device)
         done += batch_size
     return {
         "steps": steps,

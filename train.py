@@ -23,7 +23,7 @@ def parse(argv=None):
 
     add = parser.group("data")
     add("--data", help="cvc, kvasir, refuge2, btcv, sts3d, demo, several as a+b, or a folder")
-    add("--root", default="data", help="where the data sets lie")
+    add("--root", help="where the data sets lie (default: data)")
     add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
     add("--size", type=positive, help="pixels, H = W (default: that of the weights)")
     add("--augment", choices=["none", "flip", "full"], help=f"full: also turned, scaled, shifted, "
@@ -98,7 +98,7 @@ from torch.nn.parallel import DistributedDataParallel
 from checkpoint import read_weights
 from common import duration, one_line, out_of_memory, whole_file
 from data import SegmentationData, find, write_image
-from metrics import dice
+from metrics import areas, dice_of
 from sdseg import SDSegConfig, draw, find_device, has_fast_bf16, split_seen, start_from
 
 
@@ -182,11 +182,12 @@ def learning_rate(step, args):
 
 @torch.no_grad()
 def mask_std(model, data, n=512):
-    """Standard deviation of unscaled mask latents over up to n training masks, as they are."""
+    """Standard deviation of unscaled mask latents over some n training masks, as they are."""
     total = torch.zeros(3, dtype=torch.float64)
-    for i in range(0, min(n, len(data)), 16):
-        masks = data.batch([(None, j) for j in range(i, min(i + 16, n, len(data)))])["mask"]
-        z = model.vae.encode(model.paint(masks.to(model.colours.device)))[0].double().cpu()
+    places = range(0, len(data), max(1, len(data) // n))
+    for i in range(0, len(places), 16):
+        masks = data.batch([(None, j) for j in places[i : i + 16]])["mask"]
+        z = model.vae.encode(model.paint(masks.to(model.colours.device)))[0].cpu().double()
         total += torch.stack([torch.tensor(float(z.numel())), z.sum(), z.square().sum()])
     count, first, second = total.tolist()
     return max(second / count - (first / count) ** 2, 1e-12) ** 0.5
@@ -194,21 +195,22 @@ def mask_std(model, data, n=512):
 
 @torch.no_grad()
 def validate(model, data, device, autocast, batch_size=16):
-    """Mean Dice over the items, foreground classes averaged, single-step inference, seed 0."""
-    scores = []
+    """Mean Dice over the pictures or volumes, classes averaged, single-step inference, seed 0."""
+    total = {}
     for i in range(0, len(data), batch_size):
-        batch = data.batch([(None, j) for j in range(i, min(i + batch_size, len(data)))])
+        places = range(len(data))[i : i + batch_size]
+        batch = data.batch([(None, j) for j in places])
         with autocast():
             p = model.segment(batch["image"].to(device), generator=torch.Generator().manual_seed(0))
-        scores += dice_of_scores(p, batch["mask"])
-    return float(np.mean(scores))
+        for j, pixels in zip(places, areas_of(p, batch["mask"])):
+            total[data.cases[j]] = total.get(data.cases[j], 0) + pixels
+    return float(dice_of(np.stack(list(total.values()))).mean())
 
 
-def dice_of_scores(p, mask):
-    """Scores (B, 1 or K, H, W), truth (B, H, W) -> the items' Dice, foreground classes averaged."""
+def areas_of(p, mask):
+    """Scores (B, 1 or K, H, W), truth (B, H, W) -> the items' pixels, see `metrics.areas`."""
     ids = (p[:, 0] > 0.5).long() if p.shape[1] == 1 else p.argmax(1)
-    k = max(2, p.shape[1])
-    return [np.mean(dice(a, b, k)) for a, b in zip(ids.cpu().numpy(), mask.numpy())]
+    return [areas(a, b, max(2, p.shape[1])) for a, b in zip(ids.cpu().numpy(), mask.numpy())]
 
 
 @torch.no_grad()
@@ -221,7 +223,7 @@ def round_trip(model, data, n=16):
     for i in range(0, len(data), max(1, len(data) // n)):
         mask = data.batch([(None, i)])["mask"]
         z_0 = model.encode_mask(mask.to(model.colours.device))
-        scores += dice_of_scores(model.scores(model.decode_mask(z_0)), mask)
+        scores.append(dice_of(areas_of(model.scores(model.decode_mask(z_0)), mask)).mean())
     return float(np.mean(scores))
 
 
@@ -256,7 +258,7 @@ def saved_flags(folder):
         saved = json.loads(path.read_text())["args"].items()
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise Refusal(f"{path}: not the folder of a run; it needs config.json") from None
-    flags = [(f"--{k.replace('_', '-')}", v) for k, v in saved if v not in (None, False)]
+    flags = [(f"--{k.replace('_', '-')}", v) for k, v in saved if v is not None and v is not False]
     args = parse([flag if value is True else f"{flag}={value}" for flag, value in flags])
     missing = [name for name in PAPER if getattr(args, name) is None]
     if missing or not args.data:
@@ -267,11 +269,13 @@ def saved_flags(folder):
 def settings(args):
     """Fill in what the user left open -> the weights to start from, and why these."""
     if args.resume:
-        names = ["resume", "device", "workers"]
-        names += ["steps"] * bool(args.steps) + ["root"] * (args.root != "data")
-        own = {k: getattr(args, k) for k in names}
-        vars(args).update({**vars(saved_flags(args.resume)), **own, "out": args.resume})
-        return Path(args.resume) / "model.safetensors", "as --resume says"
+        own = {k: getattr(args, k) for k in ("steps", "root", "device", "workers")}
+        own = {k: v for k, v in own.items() if v is not None}
+        own |= {"resume": args.resume, "out": args.resume}
+        vars(args).update({**vars(saved_flags(args.resume)), **own})
+        best = Path(args.resume) / "model.safetensors"  # not there before the first validation
+        return best if best.exists() else args.init, "as --resume says"
+    args.root = args.root or "data"
     why = "as --init says"
     if args.init is None:
         big, small = Path("weights/sd-v1.safetensors"), Path(__file__).parent / "weights"
@@ -490,7 +494,7 @@ def main(args):
 
     # 2. Data and model
     found = find(args.data, args.root, args.split)
-    alone = args.fresh and not args.resume
+    alone = args.fresh and path == args.init
     model = make_model(args, found, path, alone)
     say(f"starts from {path}{', its autoencoder alone' if alone else ''}: {why}")
     size = model.config.image_size

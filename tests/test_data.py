@@ -617,6 +617,14 @@ def test_an_id_outside_the_classes_is_refused_not_emptied(tmp_path):
     assert not data.class_ids(np.array([0, 3]), "binary", 2, "mask.jpg").any()
 
 
+def test_one_dark_grey_is_no_black_and_white_mask():
+    """0 and 100 were meant as two classes, so refused; greys of a smooth edge are cut at 127."""
+    with pytest.raises(Refusal, match="mask values 0, 100"):
+        data.class_ids(np.array([0, 100]), "binary", 2, "mask.png")
+    assert not data.class_ids(np.array([0, 40, 100]), "binary", 2, "mask.png").any()
+    assert data.class_ids(np.array([0, 128]), "binary", 2, "mask.png").tolist() == [0, 1]
+
+
 def test_json_files_as_editors_write_them(tmp_path):
     """A byte order mark is read over; null is no split, and two equal names no classes."""
     root = folder(tmp_path / "own")

@@ -7,8 +7,19 @@ import pytest
 import torch
 from conftest import golden, golden_weights
 
+from checkpoint import write_weights
 from common import Refusal
-from sdseg import PRESETS, SDSeg, SDSegConfig, T, class_colours, ddim_timesteps, draw, start_from
+from sdseg import (
+    PRESETS,
+    SDSeg,
+    SDSegConfig,
+    T,
+    class_colours,
+    ddim_timesteps,
+    draw,
+    start_from,
+    widen_conv_in,
+)
 from unet import UNet, UNetConfig
 from vae import VAEConfig
 
@@ -244,8 +255,6 @@ def test_a_saved_model_returns(tmp_path, half):
 
 def test_loading_is_strict_and_names_what_is_wrong(tmp_path):
     """A missing, an unexpected and a misshapen tensor are each named, in one line."""
-    from checkpoint import write_weights
-
     model = tiny()
     tensors = model.state_dict()
     del tensors["tau.out.bias"]
@@ -261,15 +270,21 @@ def test_loading_is_strict_and_names_what_is_wrong(tmp_path):
 
 @pytest.mark.parametrize("changes", [
     dict(vae=replace(TINY.vae, ch_mult=())), dict(fusion="cross"), dict(split="half"),
-    dict(unet=replace(TINY.unet, num_heads=7)), dict(unet=replace(TINY.unet, in_channels=4)),
+    dict(version=2), dict(unet=replace(TINY.unet, num_heads=7)),
+    dict(unet=replace(TINY.unet, in_channels=4)),
+    dict(unet=replace(TINY.unet, model_channels=40)),
 ])  # fmt: skip
 def test_a_config_of_no_network_is_refused(changes, tmp_path):
     """A foreign file's config: one line, whatever network it would describe."""
-    model = tiny()
-    model.config = replace(TINY, **changes)
-    model.save(tmp_path / "m.safetensors")
+    config = replace(TINY, **changes)
+    tensors = tiny().state_dict()
+    write_weights(tmp_path / "m.safetensors", tensors, config)
     with pytest.raises(Refusal, match="m.safetensors: "):
         SDSeg.load(tmp_path / "m.safetensors")
+    vae = {name: tensor for name, tensor in tensors.items() if name.startswith("vae.")}
+    write_weights(tmp_path / "vae.safetensors", vae, config)
+    with pytest.raises(Refusal, match="vae.safetensors: "):
+        start_from(tmp_path / "vae.safetensors")
 
 
 def test_training_can_start_from_an_autoencoder_or_change_its_fusion(tmp_path):
@@ -286,6 +301,11 @@ def test_training_can_start_from_an_autoencoder_or_change_its_fusion(tmp_path):
     cross = start_from(tmp_path / "m.safetensors", fusion="cross")
     assert cross.unet.config.in_channels == 4 and cross.unet.config.context_dim == 4
     assert torch.equal(cross.unet.out[2].weight, model.unet.out[2].weight)
+    first = model.unet.input_blocks[0][0].weight  # sees z_t in its first channels
+    assert torch.equal(cross.unet.input_blocks[0][0].weight, first[:, :4])
+    cross.save(tmp_path / "cross.safetensors")
+    back = start_from(tmp_path / "cross.safetensors", fusion="concat")
+    assert torch.equal(back.unet.input_blocks[0][0].weight, widen_conv_in(first[:, :4], 8))
     unet = replace(TINY.unet, family="ldm", context_dim=None)
     tiny(unet=unet).save(tmp_path / "ldm.safetensors")
     with pytest.raises(Refusal, match="sd family"):  # it would never see the image

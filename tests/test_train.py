@@ -11,8 +11,10 @@ import shutil
 import signal
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -155,6 +157,27 @@ def test_the_round_trip_of_masks_is_told(place, monkeypatch, capsys):
     assert 0 <= float(re.search(told, capsys.readouterr().out)[1]) <= 1
 
 
+def test_volumes_are_validated_whole():
+    """As evaluate.py scores them: the slices of a volume together, an empty one is no Dice of 1."""
+    truth, found = torch.zeros(2, 3, 4, 4, dtype=torch.long)
+    truth[0, :2], found[0, :1] = 1, 1  # half of it
+    truth[2, :1] = found[2, :1] = 1  # slice 1 is empty
+
+    class Slices(list):
+        cases = ["a", "a", "b"]
+
+        def batch(self, samples):
+            chosen = [i for _, i in samples]
+            return {"image": found[chosen], "mask": truth[chosen]}
+
+    model = SimpleNamespace(segment=lambda image, generator: image[:, None].float())
+    for batch_size in (1, 16):
+        score = train.validate(
+            model, Slices(range(3)), torch.device("cpu"), nullcontext, batch_size
+        )
+        assert score == pytest.approx((2 / 3 + 1) / 2)
+
+
 def test_a_compiled_run_is_the_same_run(place, monkeypatch):
     """--compile runs every step through the compiled networks, and no validation; same bits as
     its memory format gives without, and the losses of a plain run.
@@ -204,34 +227,41 @@ def test_what_a_user_can_mend_is_one_line(place, monkeypatch, error, advice):
 
 def test_a_run_may_be_moved_and_copied(place):
     """--resume works in the folder it is given, keeps what the run began with, touches no other."""
-    run(place, "first")
+    run(place, "first", "--latent-weight", "0", "--mask-weight", "0", "--last", "0")
     before = {p: p.read_bytes() for p in (place / "first").rglob("*.*")}
     shutil.copytree(place / "first", place / "second")
-    train.main(train.parse(["--resume", str(place / "second"), "--steps", "8", "--device", "cpu"]))
+    flags = ["--steps", "8", "--root", "data", "--workers", "0"]
+    train.main(train.parse(["--resume", str(place / "second"), *flags]))
     assert state(place / "second")["step"] == 8
     assert {p: p.read_bytes() for p in (place / "first").rglob("*.*")} == before
     first, second = (
         json.loads((place / name / "config.json").read_text()) for name in ("first", "second")
     )
-    changed = {"steps": 8, "out": str(place / "second"), "resume": str(place / "second")}
+    second_place = str(place / "second")
+    changed = {"steps": 8, "workers": 0, "out": second_place, "resume": second_place}
     assert second["args"] == first["args"] | changed
 
 
 def test_a_signal_saves_before_it_validates(place, monkeypatch):
-    """torchrun kills after 30 seconds: a validation that never ends loses no step."""
+    """torchrun kills after 30 seconds: a first validation that never ends loses no step."""
+    run(place, "whole")
+    update = train.Average.update
 
     def signal_at_2(self, step):
+        update(self, step)
         if step == 2:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def endless(*args):
         raise MemoryError("as if killed")
 
-    monkeypatch.setattr(train.Average, "update", signal_at_2)
-    monkeypatch.setattr(train, "validate", endless)
-    with pytest.raises(MemoryError):
-        run(place, "run", "--eval-every", "6")
-    assert state(place / "run")["step"] == 3
+    with monkeypatch.context() as patch, pytest.raises(MemoryError):
+        patch.setattr(train.Average, "update", signal_at_2)
+        patch.setattr(train, "validate", endless)
+        run(place, "run")
+    assert state(place / "run")["step"] == 3 and not (place / "run/model.safetensors").exists()
+    train.main(train.parse(["--resume", str(place / "run")]))
+    assert same(state(place / "whole"), state(place / "run"))
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_piece(place):
