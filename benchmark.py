@@ -228,8 +228,6 @@ def training_step(config, recipe, device, compiled=False):
     with device:
         model = SDSeg(config)
     model.to(device=device, memory_format=torch.channels_last if compiled else None)
-    for name, p in model.unet.named_parameters():
-        p.requires_grad_(config.fusion == "cross" or not (".attn2." in name or ".norm2." in name))
     trained = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(trained, lr=recipe["lr"], fused=True)
     average, watch = train.Average(trained, recipe["ema"]), train.Watch(optimiser, device)
@@ -237,8 +235,7 @@ def training_step(config, recipe, device, compiled=False):
     image = torch.rand(n, 3, size, size, device=device) * 2 - 1
     mask = torch.randint(len(config.classes), (n, size, size), device=device)
     drawn = draw(n, model.latent_shape(), last=recipe["last"])
-    with torch.no_grad():
-        z_0 = None if recipe["augment"] == "full" else model.encode_mask(mask)
+    z_0 = None if recipe["augment"] == "full" else model.encode_mask(mask)
     if compiled:
         model.compile(mode="reduce-overhead")
 

@@ -13,6 +13,10 @@ import time
 from argparse import SUPPRESS, ArgumentParser, ArgumentTypeError, HelpFormatter
 from pathlib import Path
 
+PARTS = ("train", "val", "test")  # of a data set
+MAX_CLASSES = 14  # background included: as many colours as `sdseg.class_colours` keeps apart
+SHIPPED = Path(__file__).parent / "weights" / "nano.safetensors"  # the model that ships
+
 
 class Refusal(Exception):
     """A request that cannot be met. Its text is one line: the file, what is wrong, what to do."""
@@ -44,6 +48,12 @@ def run(main):
             raise
         print(f"{Path(sys.argv[0]).name}: {one_line(error)}", file=sys.stderr)
         sys.exit(2)
+
+
+def torchrun_place():
+    """-> rank, number of processes, rank on this machine; 0, 1, 0 without torchrun."""
+    defaults = {"RANK": 0, "WORLD_SIZE": 1, "LOCAL_RANK": 0}
+    return [int(os.environ.get(name, default)) for name, default in defaults.items()]
 
 
 def out_of_memory(error):
@@ -81,7 +91,7 @@ def within(kind, low, high=math.inf):
 
 
 positive = within(int, 1)
-any_seed = within(int, 0, 2**32 - 1)  # what NumPy's and PyTorch's generators take
+any_seed = within(int, 0, 2**32 - 1)  # PyTorch takes it times 1,000,003, too; see train.Batches
 
 
 class Help(HelpFormatter):
@@ -97,11 +107,7 @@ class Parser(ArgumentParser):
     """argparse with defaults in `--help`, no abbreviations, and one-line errors that suggest."""
 
     def __init__(self, description):
-        super().__init__(
-            description=description,
-            formatter_class=Help,
-            allow_abbrev=False,
-        )
+        super().__init__(description=description, formatter_class=Help, allow_abbrev=False)
 
     def group(self, title):
         """-> the `add_argument` of a group of flags that `--help` shows together."""

@@ -265,7 +265,7 @@ def convert(tensors, config, ema=False):
 
 # ---- the report ----
 
-PARTS = ("unet.", "vae.", "tau.")
+
 IGNORED = (  # how public names begin, and what is not taken; the first that fits counts
     ("again.", "given twice"),
     (EMA, "averaged U-Net"),
@@ -286,7 +286,8 @@ def row(verb, what, tensors, note=""):
 def report(tensors, weights, used, ema):
     """Print what was taken, what starts at zero and what was left, with counts and sizes."""
     trained, conv_in = is_published_run(tensors), "unet." + CONV_IN
-    parts = {p: [t for name, t in weights.items() if name.startswith(p)] for p in PARTS}
+    own = ("unet.", "vae.", "tau.")
+    parts = {p: [t for name, t in weights.items() if name.startswith(p)] for p in own}
     row("loaded", "averaged U-Net" if ema else "U-Net", parts["unet."])
     row("loaded", "autoencoder", parts["vae."])
     if trained:

@@ -8,7 +8,7 @@ ids, name. Splits depend on sorted names and a fixed seed alone. Volumes are spl
 cut into axial slices. This module and `files.py`, `demo.py` know nothing of the model.
 """
 
-from common import Parser, Progress, Refusal, run, whole_file
+from common import MAX_CLASSES, PARTS, Parser, Progress, Refusal, run, whole_file
 
 
 def parse(argv=None):
@@ -17,7 +17,7 @@ def parse(argv=None):
     add("--data", required=True, help="cvc, kvasir, refuge2, btcv, sts3d, demo, a+b, or a folder")
     add("--root", default="data", help="where the data sets lie")
     add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
-    add("--list", choices=["train", "val", "test"], help="only print the names of this part")
+    add("--list", choices=PARTS, help="only print the names of this part")
     add("--out", default="contact_sheet.png", help="the contact sheet")
     return parser.parse_args(argv)
 
@@ -44,6 +44,7 @@ from files import (
     IMAGE_ENDINGS,
     VOLUME_ENDINGS,
     is_volume,
+    pictures_of,
     read_image,
     read_mask,
     read_volume,
@@ -51,13 +52,9 @@ from files import (
     resize_mask,
     slices_of,
     stem,
-    window_of,
-    window_to_uint8,
     write_image,
 )
 
-PARTS = ("train", "val", "test")
-MAX_CLASSES = 14
 VERSION = 6  # of what the cache holds; raise it when reading or resizing changes
 
 
@@ -124,9 +121,7 @@ def load_case(case, found):
         if not same_place(there, here):
             raise Refusal(f"{case.mask}: lies elsewhere in space than {case.image.name}, and is "
                           "turned differently; save both with the same affine")  # fmt: skip
-        image = slices_of(window_to_uint8(volume, window_of(volume, found.window)))
-        image = np.broadcast_to(image[..., None], (*image.shape, 3))
-        values = slices_of(ids)
+        image, values = pictures_of(volume, found.window), slices_of(ids)
     else:
         image, values = read_image(case.image), read_mask(case.mask)
     if image.shape[: values.ndim] != values.shape:
@@ -252,9 +247,8 @@ def find_cvc(root, split):
                ("TIF/Original", "TIF/Ground Truth"), ("images", "masks")]  # fmt: skip
     layouts = [tuple(f"CVC-ClinicDB/{f}" for f in pair) for pair in folders]
     cases = pairs(*first_folder(root, layouts, "CVC-ClinicDB"))
-    if split == "random":
-        return Found("cvc", three_parts(cases, 62 / 612, root), ("background", "polyp"))
-    return Found("cvc", by_sequence(cases), ("background", "polyp"))
+    parts = by_sequence(cases) if split == "sequence" else three_parts(cases, 62 / 612, root)
+    return Found("cvc", parts, ("background", "polyp"))
 
 
 def by_sequence(cases):
@@ -284,11 +278,10 @@ def find_kvasir(root, split):
 def find_refuge2(root, split):
     found = {}
     for part in PARTS:
-        folders = [root / "refuge2" / part / f for f in ("images", "masks")]
-        if part != "val" or folders[0].is_dir():
-            layout = (f"refuge2/{part}/images", f"refuge2/{part}/masks")
-            images, masks = first_folder(root, [layout], "REFUGE2")
-            found[part] = [replace(c, name=f"{part}/{c.name}") for c in pairs(images, masks)]
+        layout = (f"refuge2/{part}/images", f"refuge2/{part}/masks")
+        if part != "val" or (root / layout[0]).is_dir():
+            cases = pairs(*first_folder(root, [layout], "REFUGE2"))
+            found[part] = [replace(c, name=f"{part}/{c.name}") for c in cases]
     training = shuffled([*found["train"], *found.get("val", [])])
     if len(training) < 2:
         raise Refusal(f"{root}: one picture of REFUGE2 to train on; validation needs another")
@@ -307,9 +300,9 @@ def find_btcv(root, split, organs=False):
             f"{folders[0]}: needs imgNNNN.nii.gz of the published test list and of others"
         )
     parts = cut(shuffled(rest), max(1, len(rest) // 6), 0) | {"test": tuple(held)}
-    classes = ("background", *ORGANS) if organs else ("background", "organ")
-    rule = "ids" if organs else "any"
-    name = "btcv-organs" if organs else "btcv"
+    name, classes, rule = "btcv", ("background", "organ"), "any"
+    if organs:
+        name, classes, rule = "btcv-organs", ("background", *ORGANS), "ids"
     return Found(name, parts, classes, rule, (-125.0, 275.0), True)
 
 
@@ -423,14 +416,15 @@ FINDERS = {
 
 def find(data, root="data", split="random"):
     """A data set's name, several joined by "+", or a folder -> Found. Raises Refusal."""
-    if data not in FINDERS and Path(data).is_dir():
-        return find_own(Path(data))
-    for name in data.split("+"):
-        if name not in FINDERS:
-            raise Refusal(f"--data {data}: neither a folder nor one of {', '.join(FINDERS)}")
-    if split != "random" and "cvc" not in data.split("+"):
+    names = data.split("+")
+    own = data not in FINDERS and Path(data).is_dir()
+    if not own and not FINDERS.keys() >= set(names):
+        raise Refusal(f"--data {data}: neither a folder nor one of {', '.join(FINDERS)}")
+    if split != "random" and (own or "cvc" not in names):
         raise Refusal(f"--split {split}: only cvc has video sequences")
-    sets = [FINDERS[name](Path(root), split) for name in data.split("+")]
+    if own:
+        return find_own(Path(data))
+    sets = [FINDERS[name](Path(root), split) for name in names]
     if len(sets) == 1:
         return sets[0]
     if len({(s.classes, s.rule, s.volumes) for s in sets}) > 1:
@@ -485,21 +479,21 @@ class SegmentationData(torch.utils.data.Dataset):
         """[(epoch, index)] -> {"image" (B, 3, S, S), "mask" (B, S, S)}; epoch None: as they are."""
         images = [np.asarray(self.images[i]) for _, i in samples]
         masks = [np.asarray(self.masks[i]) for _, i in samples]
-        if self.augment and samples[0][0] is not None:
-            draws = [self.draw(e, i) for e, i in samples]
-            if self.flip:
-                turned = [turn(x, y, turn_of(d)) for x, y, d in zip(images, masks, draws)]
-                images, masks = zip(*turned)
+        augment = self.augment if samples[0][0] is not None else None
+        draws = [self.draw(e, i) for e, i in samples] if augment else []
+        if augment and self.flip:
+            turned = [turn(x, y, turn_of(d)) for x, y, d in zip(images, masks, draws)]
+            images, masks = zip(*turned)
         image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
         mask = torch.from_numpy(np.stack(masks)).long()
-        if self.augment == "full" and samples[0][0] is not None:
+        if augment == "full":
             image, mask = warp(image, mask, torch.from_numpy(np.stack(draws)).float())
         return {"image": image, "mask": mask}
 
 
 def turn_of(draw):
-    """Which of the 8 symmetries of a square an item is seen in; no NumPy int, of which a DataLoader
-    would make a tensor.
+    """Which of the 8 symmetries of a square an item is seen in; a Python int, for a DataLoader
+    would turn NumPy's into a tensor.
     """
     return 4 * int(draw[0] < 0.5) + int(draw[1] * 4)
 
@@ -529,7 +523,12 @@ def warp(image, mask, draw):
 
 
 def digest(path):
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a file, read in blocks: a model's gigabytes never lie in memory."""
+    sha = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            sha.update(block)
+    return sha.hexdigest()
 
 
 def fingerprint(found, part, size):
@@ -654,13 +653,11 @@ def main(args):
     if args.list:
         print("\n".join(case.name for case in found.parts[args.list]))
         return
-    window = (
-        f", intensity window {found.window[0]:g} to {found.window[1]:g}" if found.window else ""
-    )
+    window = ", intensity window {:g} to {:g}".format(*found.window) if found.window else ""
     crop = ", cut to twice the optic disc that the mask shows" if found.rule == "cup" else ""
     print(f"{found.name}: {len(found.classes)} classes ({', '.join(found.classes)}){window}{crop}")
     rows, bad = zip(*(describe(found, part) for part in PARTS))
-    if found.volumes:
+    if found.volumes and not bad[0]:
         first = read_volume(found.parts["train"][0].image)[1]
         print(f"spacing of {found.parts['train'][0].name}: {first.spacing} mm")
     print(f"{sum(bad)} cases cannot be used")

@@ -6,9 +6,8 @@ efficiency (Table 4) and Dice against DDIM steps (Figure 3). Standard deviations
 sample (n - 1). Letters: N repeats, P = N (N - 1) / 2 pairs of them, K classes.
 """
 
-from common import Parser, Progress, Refusal, positive, run, whole_file
+from common import PARTS, Parser, Progress, Refusal, positive, run, whole_file
 
-PARTS = ("train", "val", "test")
 CURVE = (1, 2, 3, 5, 10, 20, 50)  # DDIM steps of Figure 3
 
 
@@ -54,10 +53,8 @@ if __name__ == "__main__":
 
 import csv
 import functools
-import hashlib
 import itertools
 import json
-import mmap
 import platform
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +64,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageOps
 
-from data import find, load_case
+from data import digest, find, load_case
 from files import write_image
 from infer import class_ids, segment_images
 from metrics import areas, dice_of, iou_of
@@ -192,11 +189,6 @@ def text(value):
     return "-" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-def sha256(path):
-    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        return hashlib.sha256(data).hexdigest()
-
-
 def device_name(device):
     cuda = device.type == "cuda"
     return torch.cuda.get_device_name(device) if cuda else f"{device.type} {platform.machine()}"
@@ -238,7 +230,7 @@ def main(args):
     out.mkdir(parents=True, exist_ok=True)
     summary = {
         **{k: getattr(args, k) for k in ("data", "part", "split", "model")},
-        "sha256": sha256(args.model),
+        "sha256": digest(args.model),
         "unit": "volume" if found.volumes else "image",
         "n": len(cases),
         **{k: getattr(args, k) for k in ("steps", "samples", "spacing", "seed", "batch_size")},
@@ -273,16 +265,13 @@ def main(args):
     # 4. Stability and curve
     if args.stability:
         spread, identical = dice_spread(totals), similarity.identical()
-        summary["stability"] = {
-            "dice": spread,
-            "identical_masks": identical,
-            **similarity.summary(),
-        }
+        levels = similarity.summary()
+        summary["stability"] = {"dice": spread, "identical_masks": identical, **levels}
         print(f"{args.stability} seeds: mean Dice {text(spread['data_set'])}, "
               f"deviation of one {summary['unit']}'s Dice {text(spread['instance'])}, "
               f"{100 * identical:.1f} % of the pairs of masks identical")  # fmt: skip
-        levels = similarity.summary().items()
-        table(("between seeds", "data set", "instance"), *((k, *v.values()) for k, v in levels))
+        rows = [(name, *level.values()) for name, level in levels.items()]
+        table(("between seeds", "data set", "instance"), *rows)
     if args.curve:
         curve = [by_class(scored(n, args.samples, [args.seed])[0], classes) for n in CURVE]
         summary["curve"] = [{"steps": n, **c} for n, c in zip(CURVE, curve)]

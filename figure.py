@@ -6,7 +6,7 @@ DDIM from pure noise; the first is the single-step result. Latents have false co
 the four channels, grey at 0, full at 2.5 (z_c: at 2.5 of its standard deviations).
 """
 
-from common import Parser, Refusal, any_seed, run
+from common import SHIPPED, Parser, Refusal, any_seed, run
 
 
 def parse(argv=None):
@@ -186,8 +186,7 @@ def main(args):
     inputs = [os.path.realpath(path) for path in (args.picture, args.mask) if path]
     if os.path.realpath(args.out) in inputs:
         raise Refusal(f"{args.out}: is the picture or its mask; choose another --out")
-    path = args.model or Path(__file__).parent / "weights" / "nano.safetensors"
-    model = SDSeg.load(path, find_device(args.device))
+    model = SDSeg.load(args.model or SHIPPED, find_device(args.device))
     image, ids = load_pair(args, model.config.image_size, len(model.config.classes))
     write_image(args.out, draw_method(model, image, ids, args.seed))
     print(f"{args.out}: written")

@@ -139,15 +139,15 @@ class Geometry(NamedTuple):
 
 
 def nifti_bytes(path):
-    """-> nibabel's header, all bytes. Reads no more than the header announces. Raises Refusal."""
-    from nibabel import Nifti1Header, Nifti2Header
+    """-> nibabel's image class, and as many bytes as the header announces. Raises Refusal."""
+    from nibabel import Nifti1Image, Nifti2Image
 
     opener = gzip.open if str(path).lower().endswith(".gz") else open
     with opener(path, "rb") as file:
         start = file.read(544)
         second = start[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
-        kind = Nifti2Header if second else Nifti1Header
-        header = kind(start[: kind.template_dtype.itemsize], check=True)
+        kind = Nifti2Image if second else Nifti1Image
+        header = kind.header_class(start[: kind.header_class.template_dtype.itemsize])
         shape, itemsize = header.get_data_shape(), header.get_data_dtype().itemsize
         size = int(header.get_data_offset()) + math.prod(map(int, shape)) * itemsize
         if not shape or min(shape) < 1 or not 0 < size <= MAX_BYTES:
@@ -171,9 +171,7 @@ def read_volume(path):
 
     try:
         kind, content = nifti_bytes(path)
-        image = {"Nifti1Header": nib.Nifti1Image, "Nifti2Header": nib.Nifti2Image}[
-            kind.__name__
-        ].from_bytes(content)
+        image = kind.from_bytes(content)
         if image.get_data_dtype().kind not in "iufb":
             raise Refusal(f"{path}: voxels of type {image.get_data_dtype()}; give numbers")
         shape = image.shape
@@ -225,19 +223,19 @@ def volume_of(slices):
     return slices[:, ::-1].transpose(2, 1, 0)
 
 
-def window_of(volume, window=None):
-    """The intensities (low, high) that become black and white: the data set's window, or where it
-    has none, as in magnetic resonance, the volume's own 0.5 and 99.5 percentiles."""
+def pictures_of(volume, window=None):
+    """(X, Y, Z) in RAS -> its axial slices as grey pictures, uint8 (Z, H, W, 3).
+
+    The window's (low, high) intensities become 0 and 255, what lies outside is cut. Without a
+    window, as in magnetic resonance, they are the volume's own 0.5 and 99.5 percentiles.
+    """
     if window is None:
         sample = volume.ravel()[:: max(1, volume.size // 1_000_000)]
-        window = tuple(float(p) for p in np.percentile(sample, [0.5, 99.5]))
-    return window
-
-
-def window_to_uint8(values, window):
-    """Intensities -> uint8: the window's (low, high) become 0 and 255, what lies outside is cut."""
+        window = np.percentile(sample, [0.5, 99.5]).tolist()
     low, high = window
-    return ((values - low) * (255 / max(high - low, 1e-9))).round().clip(0, 255).astype(np.uint8)
+    scale = 255 / max(high - low, 1e-9)
+    grey = [((x - low) * scale).round().clip(0, 255).astype(np.uint8) for x in slices_of(volume)]
+    return np.broadcast_to(np.stack(grey)[..., None], (*np.shape(grey), 3))
 
 
 def resize_image(image, size):
@@ -248,10 +246,6 @@ def resize_image(image, size):
 def resize_mask(ids, size):
     """uint8 (H, W) class ids -> (size, size): the class that covers most of each new pixel."""
     classes = np.unique(ids)
-    shares = [
-        np.asarray(
-            Image.fromarray((ids == c) * np.uint8(255)).resize((size, size), Image.Resampling.BOX)
-        )
-        for c in classes
-    ]
+    masks = (Image.fromarray((ids == c) * np.uint8(255)) for c in classes)
+    shares = [np.asarray(m.resize((size, size), Image.Resampling.BOX)) for m in masks]
     return classes[np.argmax(shares, axis=0)].astype(np.uint8)

@@ -8,7 +8,17 @@ Several GPUs: `torchrun --nproc_per_node=8 infer.py folder/`.
 Letters: B batch, C scores (1, or K for K > 2 classes), H W a picture's own size, S the model's.
 """
 
-from common import Parser, Progress, Refusal, one_line, out_of_memory, positive, run
+from common import (
+    SHIPPED,
+    Parser,
+    Progress,
+    Refusal,
+    one_line,
+    out_of_memory,
+    positive,
+    run,
+    torchrun_place,
+)
 
 
 def parse(argv=None):
@@ -61,7 +71,6 @@ PALETTE = (255 * np.array([(0, 0, 0), *HUES])).astype(np.uint8)
 # ---- from pictures to class ids; evaluate.py uses this, too ----
 
 
-@torch.no_grad()
 def predict(model, images, steps, samples, seed, spacing="trailing"):
     """Pictures uint8 (H, W, 3) of any sizes -> mean scores (B, C, S, S), deviations (B, 1, S, S).
 
@@ -225,10 +234,8 @@ def segment_volume(model, job, args):
     """Slice by slice, write the files of a volume -> class ids (Z, H, W). Raises Refusal."""
     target, source = job
     volume, geometry = files.read_volume(source)
-    window = files.window_of(volume, model.config.window)
-    grey = np.stack([files.window_to_uint8(v, window) for v in files.slices_of(volume)])
-    images = np.broadcast_to(grey[..., None], (*grey.shape, 3))
-    ids, deviations = np.empty(grey.shape, np.uint8), np.empty(grey.shape, np.float32)
+    images = files.pictures_of(volume, model.config.window)
+    ids, deviations = (np.empty(images.shape[:3], dtype) for dtype in (np.uint8, np.float32))
     progress = Progress(len(images), "slices")
     for start in range(0, len(images), args.batch_size):
         batch = images[start : start + args.batch_size]
@@ -264,7 +271,7 @@ def report(source, result, classes, seconds):
 
 def load(args, gpu):
     """The model, on --device or else, where torchrun started several processes, on GPU `gpu`."""
-    path = args.model or Path(__file__).parent / "weights" / "nano.safetensors"
+    path = args.model or SHIPPED
     if not Path(path).exists():
         raise Refusal(f"{path}: no such file; `python train.py --data demo` makes one, "
                       "runs/demo/model.safetensors")  # fmt: skip
@@ -275,8 +282,7 @@ def load(args, gpu):
 
 def main(args):
     # 1. The files and the model; torchrun's processes share the files
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
+    rank, world, local = torchrun_place()
     jobs = plan(args.paths, args.out)[rank::world]
     model = load(args, local)
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checkpoint import assign, read_weights, write_weights
-from common import Refusal, one_line
+from common import MAX_CLASSES, Refusal, one_line
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, VisionEncoder
 
@@ -58,11 +58,9 @@ PRESETS = {
     ),
 }
 
-MAX_CLASSES = 14
-
 
 def class_colours(k):
-    """(k, 3) colours in [-1, 1], as far apart as k <= 14 points of a cube are easily placed.
+    """(k, 3) colours in [-1, 1]: points of the RGB cube, far apart, k <= 14.
 
     Two classes are black and white, as in the paper; up to 4 a tetrahedron, up to 8 the corners,
     9 with the centre, up to 14 the corners and the centres of the faces.
@@ -108,9 +106,12 @@ class SDSeg(nn.Module):
         self.vae = AutoencoderKL(config.vae).requires_grad_(False)
         self.tau = VisionEncoder(config.vae)
         self.unet = UNet(config.unet)
+        if config.fusion == "concat":  # what only a context would reach gets no gradient
+            for name, p in self.unet.named_parameters():
+                p.requires_grad_(".attn2." not in name and ".norm2." not in name)
         self.register_buffer("alphas_cumprod", alphas_cumprod(config), persistent=False)
         colours = class_colours(len(config.classes))
-        self.separation = F.pdist(colours).min().item() ** 2
+        self.squared_separation = F.pdist(colours).min().item() ** 2
         self.register_buffer("colours", colours, persistent=False)
 
     # ---- between masks and latents: the only place that knows colours and scales ----
@@ -119,6 +120,7 @@ class SDSeg(nn.Module):
         """mask (B, H, W) int64 class ids -> their colours (B, 3, H, W) in [-1, 1]."""
         return self.colours[mask].permute(0, 3, 1, 2).contiguous()
 
+    @torch.no_grad()  # E is frozen
     def encode_mask(self, mask):
         """mask (B, H, W) int64 class ids -> z_0 (B, 4, h, w), the scaled posterior mean."""
         return self.config.mask_scale * self.vae.encode(self.paint(mask))[0].float()
@@ -132,7 +134,7 @@ class SDSeg(nn.Module):
         scaled to 4 between the closest two. Two classes: their difference is 4 mean(colours).
         """
         offset = colours[:, None] - self.colours[None, :, :, None, None]
-        return offset.square().sum(2) * (-4 / self.separation)
+        return offset.square().sum(2) * (-4 / self.squared_separation)
 
     def scores(self, colours):
         """Colours (B, 3, H, W) -> (B, K, H, W), or (B, 1, H, W) where K = 2; in [0, 1].
@@ -146,20 +148,22 @@ class SDSeg(nn.Module):
 
     # ---- the method ----
 
-    def alpha(self, t):
+    def alpha_bar(self, t):
+        """a_t of Eq. 1 (alpha bar in DDPM) as (B, 1, 1, 1)."""
         return self.alphas_cumprod[t].view(-1, 1, 1, 1)
 
     def q_sample(self, z_0, t, noise):
         """Eq. 1: z_t = sqrt(a_t) z_0 + sqrt(1 - a_t) n."""
-        a = self.alpha(t)
+        a = self.alpha_bar(t)
         return a.sqrt() * z_0 + (1 - a).sqrt() * noise
 
     def predict_z0(self, z_t, t, out):
         """Eq. 2, in float32: the z_0 that the network's output `out` (B, 4, h, w) stands for.
 
-        With "eps" an error of `out` grows by sqrt((1 - a_t) / a_t): 38.7 or 14.6 at t = T - 1.
+        With "eps" an error of `out` grows by sqrt((1 - a_t) / a_t), at t = T - 1 by 14.6, or by
+        38.7 in the schedule of ldm-kl-8.
         """
-        a, z_t, out = self.alpha(t), z_t.float(), out.float()
+        a, z_t, out = self.alpha_bar(t), z_t.float(), out.float()
         if self.config.prediction == "x0":
             return out
         if self.config.prediction == "v":
@@ -168,7 +172,7 @@ class SDSeg(nn.Module):
 
     def target(self, z_0, t, noise):
         """What a perfect network puts out."""
-        a = self.alpha(t)
+        a = self.alpha_bar(t)
         v = a.sqrt() * noise - (1 - a).sqrt() * z_0
         return {"eps": noise, "x0": z_0, "v": v}[self.config.prediction]
 
@@ -194,9 +198,7 @@ class SDSeg(nn.Module):
         `z_0` the mask's latent if it is known already. Beyond the paper, `mask_weight` adds the
         error of the decoded map for the samples at t = T - 1.
         """
-        if z_0 is None:
-            with torch.no_grad():
-                z_0 = self.encode_mask(mask)
+        z_0 = self.encode_mask(mask) if z_0 is None else z_0
         t, noise = drawn or draw(len(z_0), z_0.shape[1:], generator, last)
         at_end = (t == T - 1).nonzero()[:, 0].to(z_0.device, non_blocking=True)
         t, noise = (x.to(z_0.device, non_blocking=True) for x in (t, noise))
@@ -218,7 +220,7 @@ class SDSeg(nn.Module):
 
     def ddim_step(self, z_t, t, out, a_next):
         """The deterministic DDIM update (eta = 0) from step t to the noise level `a_next`."""
-        a, z_0 = self.alpha(t), self.predict_z0(z_t, t, out)
+        a, z_0 = self.alpha_bar(t), self.predict_z0(z_t, t, out)
         eps = (z_t - a.sqrt() * z_0) / (1 - a).sqrt()
         return a_next**0.5 * z_0 + (1 - a_next) ** 0.5 * eps
 
@@ -384,22 +386,21 @@ def start_from(path, fresh=False, **changes):
         inputs = config.vae.z_channels * (1 if tokens else 2)
         unet = replace(config.unet, in_channels=inputs, context_dim=tokens)
         changed = replace(changed, unet=unet)
-        first = "unet.input_blocks.0.0.weight"  # keeps the channels of z_t
-        if first in tensors:
-            z_t = tensors[first][:, : config.vae.z_channels]
-            tensors[first] = widen_conv_in(z_t, unet.in_channels)
-    build(changed, path)  # refuses what would be no network
+    model = build(changed, path)  # refuses what would be no network
     vae = {k.removeprefix("vae."): v for k, v in tensors.items() if k.startswith("vae.")}
-    if len(vae) < len(tensors) and not fresh and changed.fusion == config.fusion:
-        return assign(build(changed, path), tensors, path)
-    model = SDSeg(changed)
-    if len(vae) < len(tensors) and not fresh:
-        own = model.state_dict()
-        fits = {k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}
-        return assign(model, {**own, **fits}, path)
-    assign(model.vae, vae, path)
-    model.tau.start_as(model.vae)
-    return model
+    if fresh or len(vae) == len(tensors):  # no more than the autoencoder is wanted, or there
+        model = SDSeg(changed)
+        assign(model.vae, vae, path)
+        model.tau.start_as(model.vae)
+        return model
+    if changed.fusion != config.fusion:
+        first, own = "unet.input_blocks.0.0.weight", SDSeg(changed).state_dict()
+        tensors = {k: v for k, v in tensors.items() if k in own and own[k].dim() == v.dim()}
+        if first in tensors:  # of its inputs z_t goes on, z_c enters elsewhere or from zero
+            z_t = tensors[first][:, : config.vae.z_channels]
+            tensors[first] = widen_conv_in(z_t, changed.unet.in_channels)
+        tensors = own | {k: v for k, v in tensors.items() if own[k].shape == v.shape}
+    return assign(model, tensors, path)
 
 
 def check(config):
@@ -420,8 +421,9 @@ def check(config):
     cross = config.fusion == "cross"
     if cross and u.family == "ldm":
         raise Refusal("fusion by cross-attention needs a U-Net that has some: the sd family's")
-    tokens, inputs = (u.context_dim, v.z_channels) if cross else (v.z_channels, 2 * v.z_channels)
-    if (u.in_channels, u.out_channels, tokens) != (inputs, v.z_channels, v.z_channels):
+    z = v.z_channels
+    inputs, tokens = (z, z) if cross else (2 * z, u.context_dim)  # "concat" has no tokens: any fit
+    if (u.in_channels, u.context_dim, u.out_channels) != (inputs, tokens, z):
         raise Refusal("config has a U-Net whose inputs and outputs are not the latents'")
     for value, allowed in (
         (config.version, (1,)),

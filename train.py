@@ -49,11 +49,8 @@ def parse(argv=None):
 
     add = parser.group("method")
     add("--prediction", choices=["eps", "x0", "v"], help="of the U-Net (default: the weights')")
-    add(
-        "--fusion",
-        choices=["concat", "cross"],
-        help="how the U-Net sees the image (default: the weights')",
-    )
+    add("--fusion", choices=["concat", "cross"],
+        help="how the U-Net sees the image (default: the weights')")  # fmt: skip
     add("--freeze-encoder", action="store_true", help="do not train tau")
     add("--latent-weight", type=amount, default=1.0, help="lambda of Eq. 3")
     add("--mask-weight", type=amount, help=f"loss on the decoded mask {recipe['mask_weight']}")
@@ -96,10 +93,11 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import read_weights
-from common import duration, one_line, out_of_memory, whole_file
+from common import SHIPPED, duration, one_line, out_of_memory, torchrun_place, whole_file
 from data import SegmentationData, find, write_image
+from infer import class_ids
 from metrics import areas, dice_of
-from sdseg import SDSegConfig, draw, find_device, has_fast_bf16, split_seen, start_from
+from sdseg import SDSegConfig, T, draw, find_device, has_fast_bf16, split_seen, start_from
 
 
 class Batches(torch.utils.data.Dataset):
@@ -131,7 +129,7 @@ class Batches(torch.utils.data.Dataset):
 
 
 class MaskLatents:
-    """z_0 of masks that come again, each view of each encoded once: the autoencoder is frozen.
+    """A cache of z_0: the autoencoder is frozen, so each view of each mask is encoded once.
 
     One at a time, in float32: a latent does not depend on the batch in which it first came. At
     most `most` are kept, 16 kB each at 256 px, 64 kB for nano.
@@ -140,7 +138,6 @@ class MaskLatents:
     def __init__(self, model, most=100_000):
         self.model, self.known, self.most = model, {}, most
 
-    @torch.no_grad()
     def __call__(self, mask, views):
         """mask (B, H, W) -> z_0 (B, 4, h, w); None where `views` is, since no mask comes again."""
         if views is None:
@@ -168,7 +165,7 @@ class Average:
 
     @torch.no_grad()
     def swap(self):
-        """Exchange the live parameters and their averages; twice is nothing."""
+        """Exchange the live parameters and their averages; a second call undoes the first."""
         for p, m in zip(self.live, self.mean):
             held = p.detach().clone()
             p.copy_(m)
@@ -183,17 +180,13 @@ def learning_rate(step, args):
 @torch.no_grad()
 def mask_std(model, data, n=512):
     """Standard deviation of unscaled mask latents over some n training masks, as they are."""
-    total = torch.zeros(3, dtype=torch.float64)
-    places = range(0, len(data), max(1, len(data) // n))
+    latents, places = [], range(0, len(data), max(1, len(data) // n))
     for i in range(0, len(places), 16):
         masks = data.batch([(None, j) for j in places[i : i + 16]])["mask"]
-        z = model.vae.encode(model.paint(masks.to(model.colours.device)))[0].cpu().double()
-        total += torch.stack([torch.tensor(float(z.numel())), z.sum(), z.square().sum()])
-    count, first, second = total.tolist()
-    return max(second / count - (first / count) ** 2, 1e-12) ** 0.5
+        latents.append(model.vae.encode(model.paint(masks.to(model.colours.device)))[0].cpu())
+    return max(torch.cat(latents).double().std(correction=0).item(), 1e-6)
 
 
-@torch.no_grad()
 def validate(model, data, device, autocast, batch_size=16):
     """Mean Dice over the pictures or volumes, classes averaged, single-step inference, seed 0."""
     total = {}
@@ -209,8 +202,8 @@ def validate(model, data, device, autocast, batch_size=16):
 
 def areas_of(p, mask):
     """Scores (B, 1 or K, H, W), truth (B, H, W) -> the items' pixels, see `metrics.areas`."""
-    ids = (p[:, 0] > 0.5).long() if p.shape[1] == 1 else p.argmax(1)
-    return [areas(a, b, max(2, p.shape[1])) for a, b in zip(ids.cpu().numpy(), mask.numpy())]
+    pairs = zip(p.cpu().numpy(), mask.numpy())
+    return [areas(class_ids(scores), truth, max(2, len(scores))) for scores, truth in pairs]
 
 
 @torch.no_grad()
@@ -234,7 +227,7 @@ def sample_strip(model, data, device, n=6):
     image = batch["image"].to(device)
     z_c = model.condition(image)
     noise = torch.randn(z_c.shape[1:], generator=torch.Generator().manual_seed(0)).to(device)
-    z_0 = model.reverse(noise.expand_as(z_c), z_c, [999])
+    z_0 = model.reverse(noise.expand_as(z_c), z_c, [T - 1])
     latent = F.interpolate(z_0[:, :3], image.shape[2:], mode="nearest") / 2  # 3 of 4 channels
     truth = model.paint(batch["mask"].to(device))
     rows = torch.cat([image, truth, model.decode_mask(z_0), latent], 3).clamp(-1, 1)
@@ -278,9 +271,9 @@ def settings(args):
     args.root = args.root or "data"
     why = "as --init says"
     if args.init is None:
-        big, small = Path("weights/sd-v1.safetensors"), Path(__file__).parent / "weights"
-        args.init = str(big if big.exists() else small / "nano.safetensors")
-        why = "converted weights are there" if big.exists() else "no weights/sd-v1.safetensors here"
+        big = Path("weights/sd-v1.safetensors")
+        args.init = str(big if big.exists() else SHIPPED)
+        why = "converted weights are there" if big.exists() else f"no {big} here"
     config = read_weights(args.init, SDSegConfig)[0]
     preset = config.preset
     if split_seen(config, args.data) not in (None, args.split):
@@ -289,7 +282,7 @@ def settings(args):
         if getattr(args, name) is None:
             setattr(args, name, value)
             if name == "batch_size":  # at least one image for each of torchrun's processes
-                world = int(os.environ.get("WORLD_SIZE", 1))
+                world = torchrun_place()[1]
                 args.batch_size = -(-value // world) * world
     args.decay = args.decay or preset == "nano"
     if args.out is None:
@@ -302,8 +295,9 @@ def settings(args):
 class Watch:
     """Sums of the losses since the last line of the log, and the guard against bad gradients.
 
-    The fused optimiser, which knows both for GradScaler's sake, divides the gradients so that
-    their norm is at most 1, and skips a step whose norm is not finite; the loop need not wait.
+    AdamW(fused=True) reads two attributes that GradScaler would set: it divides the gradients by
+    `grad_scale`, here their norm where that is over 1, and skips a step that has `found_inf`. So
+    the loop never waits for the GPU.
     """
 
     names = ("loss", "noise", "latent", "mask", "late")
@@ -346,8 +340,8 @@ class Log:
 
     columns = ("step", *Watch.names, "lr", "images_per_s", "skipped", "val_dice")
 
-    def __init__(self, path, start, steps):
-        self.path, self.start, self.steps, self.began = path, start, steps, time.monotonic()
+    def __init__(self, path, start, args):
+        self.path, self.start, self.args, self.began = path, start, args, time.monotonic()
         rows = []
         if start and path.exists():  # a resumed run drops what came after its last save
             rows = [r for r in csv.reader(path.open()) if r and r[0].isdigit()]
@@ -360,9 +354,10 @@ class Log:
                 {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in values.items()}
             )
 
-    def losses(self, step, means, skipped, lr, rate):
+    def losses(self, step, means, skipped, lr):
+        pace = (time.monotonic() - self.began) / (step - self.start)  # seconds a step
+        rate, left = self.args.batch_size / pace, (self.args.steps - step) * pace
         self.write(step=step, **means, lr=lr, images_per_s=rate, skipped=skipped)
-        left = (time.monotonic() - self.began) / (step - self.start) * (self.steps - step)
         text = "  ".join(f"{k} {v:.4f}" for k, v in means.items())
         skips = f"  {skipped} steps skipped: not finite" if skipped else ""
         speed = f"lr {lr:.1e}  {rate:.1f} images/s  {duration(left)} left"
@@ -417,17 +412,6 @@ def restore(folder, trained, average, optimiser, key):
         raise Refusal(f"{path}: does not fit this model ({one_line(error)[:200]})") from None
 
 
-def join_processes():
-    """-> rank, world, local rank; starts the process group where torchrun started us."""
-    rank, world, local = (int(os.environ.get(k, d)) for k, d in
-                          (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))  # fmt: skip
-    if world > 1:
-        # Of 1 x 1 convolutions, where strides of one element mean nothing
-        warnings.filterwarnings("ignore", "Grad strides do not match")
-        dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    return rank, world, local
-
-
 def watch_signals():
     """-> a list that receives the number of the first SIGTERM or SIGINT; a second one kills."""
     caught = []
@@ -451,28 +435,18 @@ def ignore_signals(worker):
 
 def make_model(args, found, path, alone):
     """The model to train, its data set's properties in the config, mask scale still to be set."""
-    model = start_from(
-        path,
-        fresh=alone,
-        data=found.name,
-        split=args.split,
-        classes=found.classes,
-        window=found.window,
-        **{k: getattr(args, k) for k in ("prediction", "fusion") if getattr(args, k)},
-        **({"image_size": args.size} if args.size else {}),
-    )
+    asked = {"prediction": args.prediction, "fusion": args.fusion, "image_size": args.size}
+    model = start_from(path, alone, data=found.name, split=args.split, classes=found.classes,
+                       window=found.window, **{k: v for k, v in asked.items() if v})  # fmt: skip
     model.tau.requires_grad_(not args.freeze_encoder)
-    for name, p in model.unet.named_parameters():  # unused without a context, so without gradient
-        if model.config.fusion == "concat" and (".attn2." in name or ".norm2." in name):
-            p.requires_grad_(False)
     return model
 
 
 def check_room(out, model, trained):
     """Raise Refusal now rather than lose a run later: can the disk hold what will be saved?"""
     out.mkdir(parents=True, exist_ok=True)
-    weights, state = (n * sum(p.numel() for p in ps)
-                      for n, ps in ((4, model.parameters()), (16, trained)))  # fmt: skip
+    weights = 4 * sum(p.numel() for p in model.parameters())  # bytes of model.safetensors
+    state = 16 * sum(p.numel() for p in trained)  # weights, averages, AdamW's two moments
     need = state + (0 if (out / "resume.pt").exists() else state + weights)  # old beside new
     free = shutil.disk_usage(out).free
     if free < need:
@@ -484,10 +458,14 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # 1. Where: processes, device, precision
-    rank, world, local = join_processes()
+    rank, world, local = torchrun_place()
     if args.batch_size % world:
         raise Refusal(f"--batch-size {args.batch_size}: not a multiple of {world} processes")
     device = find_device(args.device or (f"cuda:{local}" if torch.cuda.is_available() else None))
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # DDP's warning about gradients of 1 x 1 convolutions: strides along a side of 1 are free
+        warnings.filterwarnings("ignore", "Grad strides do not match")
     bf16 = args.precision == "bf16" or (args.precision == "auto" and has_fast_bf16(device))
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     say = partial(print, flush=True) if rank == 0 else lambda text: None
@@ -512,8 +490,8 @@ def main(args):
     if rank == 0:
         check_room(out, model, trained)
         config = {"args": vars(args), "model": asdict(model.config), "torch": torch.__version__}
-        with whole_file(out / "config.json") as path:
-            path.write_text(json.dumps(config, indent=1))
+        with whole_file(out / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=1))
     count = sum(p.numel() for p in trained) / 1e6
     say(f"{found.name}: {len(train_data)} training, {len(val_data)} validation items of {size} px, "
         f"{len(found.classes)} classes; mask latents have std {1 / scale:.3f}")  # fmt: skip
@@ -540,13 +518,12 @@ def main(args):
         sampler=range(start, args.steps), num_workers=workers, pin_memory=device.type == "cuda",
         worker_init_fn=ignore_signals,
     )  # fmt: skip
-    log = Log(out / "log.csv", start, args.steps) if rank == 0 else None
+    log = Log(out / "log.csv", start, args) if rank == 0 else None
     caught = watch_signals()
 
     # 4. The loop; nothing in it waits for the GPU but the log and the validation
     model.train()
     watch, latents = Watch(optimiser, device), MaskLatents(model)
-    began = time.monotonic()
     for step, (image, mask, views, t, noise) in zip(range(start, args.steps), loader):
         for group in optimiser.param_groups:
             group["lr"] = learning_rate(step, args)
@@ -563,11 +540,10 @@ def main(args):
 
         # 5. Log, validate, save
         done = step + 1
-        last = done == args.steps or bool(caught)
-        if rank == 0 and (done % args.log_every == 0 or last):
-            rate = args.batch_size * (done - start) / (time.monotonic() - began)
-            log.losses(done, *watch.read(), optimiser.param_groups[0]["lr"], rate)
-        if rank == 0 and (done % args.eval_every == 0 or last):
+        final = done == args.steps or bool(caught)
+        if rank == 0 and (done % args.log_every == 0 or final):
+            log.losses(done, *watch.read(), optimiser.param_groups[0]["lr"])
+        if rank == 0 and (done % args.eval_every == 0 or final):
             if caught:  # torchrun gives 30 seconds, and a validation may take longer
                 save_state(out, done, best, train_data.key, trained, average, optimiser)
             average.swap()
@@ -583,7 +559,7 @@ def main(args):
             average.swap()
             log.score(done, score, best)
             save_state(out, done, best, train_data.key, trained, average, optimiser)
-        if last and caught:  # a signal that came since `last` was set waits for the next step
+        if final and caught:  # a signal that came since `final` was set waits for the next step
             return 128 + caught[0]
     say(f"done: {out / 'model.safetensors'}, validation Dice {best:.4f}")
 

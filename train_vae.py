@@ -5,7 +5,7 @@ The paper takes Stable Diffusion's; this shows how one is made. It learns to rec
 Writes a `.safetensors` of the autoencoder alone, which `train.py --init` accepts.
 """
 
-from common import Parser, Refusal, any_seed, duration, positive, run, within
+from common import MAX_CLASSES, Parser, Refusal, any_seed, duration, positive, run, within
 
 
 def parse(argv=None):
@@ -43,7 +43,6 @@ import torch.nn.functional as F
 from checkpoint import write_weights
 from data import SegmentationData, find, write_image
 from sdseg import (
-    MAX_CLASSES,
     PRESETS,
     SDSeg,
     check,
@@ -102,13 +101,13 @@ def main(args):
     # 2. Model and optimiser; SDSeg lends the colours of its masks
     own = {"classes": found.classes, "image_size": args.size}
     if args.init:
-        judge = start_from(args.init, fresh=True, **own)
+        model = start_from(args.init, fresh=True, **own)
     else:
         config = replace(PRESETS["nano"], **own)
         check(config)
-        judge = SDSeg(config)
-    judge.to(device)
-    vae = judge.vae.requires_grad_()
+        model = SDSeg(config)
+    model.to(device)
+    vae = model.vae.requires_grad_()
     optimiser = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0)
     print(f"{found.name}: {len(train_data)} training items; autoencoder of "
           f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M on {device}, "
@@ -124,9 +123,9 @@ def main(args):
         chosen = torch.randint(len(train_data), (args.batch_size,), generator=generator)
         batch = train_data.batch([(step, int(i)) for i in chosen])
         images = max(1, args.batch_size // 4)
-        maps = colour_maps(batch["mask"][images:], judge.colours.cpu(), generator)
+        maps = colour_maps(batch["mask"][images:], model.colours.cpu(), generator)
         x = torch.cat([batch["image"][:images], maps]).to(device)
-        noise = torch.randn(len(x), *judge.latent_shape(), generator=generator).to(device)
+        noise = torch.randn(len(x), *model.latent_shape(), generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, l1, kl = reconstruction_loss(vae, x, args.kl_weight, noise)
         loss.backward()
@@ -140,11 +139,11 @@ def main(args):
             if not l1.isfinite():
                 raise Refusal(f"the loss is not finite at step {done}; lower --lr")
             left = (time.monotonic() - began) / done * (args.steps - done)
-            score, std = round_trip(judge, val_data, 64), mask_std(judge, val_data, 64)
+            score, std = round_trip(model, val_data, 64), mask_std(model, val_data, 64)
             print(f"step {done}  l1 {l1.item():.4f}  kl {kl.item():.2f}  masks' round trip: Dice "
                   f"{score:.4f}, std {std:.2f}  {duration(left)} left", flush=True)  # fmt: skip
     names = {f"vae.{k}": v for k, v in vae.state_dict().items()}
-    write_weights(args.out, names, judge.config)
+    write_weights(args.out, names, model.config)
     write_image(Path(args.out).with_suffix(".png"), pairs(vae, x))
     print(f"done: {args.out}, {duration(time.monotonic() - began)}")
 

@@ -42,12 +42,6 @@ def norm(channels, eps=1e-5):
     return GroupNorm(32, channels, eps=eps)
 
 
-def attention(q, k, v, heads):
-    """q (B, n, C), k and v (B, m, C) -> (B, n, C)."""
-    q, k, v = (x.unflatten(2, (heads, -1)).transpose(1, 2) for x in (q, k, v))  # (B, heads, n, C')
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-
-
 class ResBlock(nn.Module):
     """Two convolutions; the time step enters between them, by addition or as scale and shift.
 
@@ -102,6 +96,8 @@ class AttentionBlock(nn.Module):
 
 
 class CrossAttention(nn.Module):
+    """x (B, n, C) attends to a context (B, m, c_context); self-attention where that is x itself."""
+
     def __init__(self, c, c_context, heads):
         super().__init__()
         self.heads = heads
@@ -111,9 +107,10 @@ class CrossAttention(nn.Module):
         self.to_out = nn.Sequential(nn.Linear(c, c))
 
     def forward(self, x, context):
-        return self.to_out(
-            attention(self.to_q(x), self.to_k(context), self.to_v(context), self.heads)
-        )
+        q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
+        q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
+        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, n, C / heads)
+        return self.to_out(h.transpose(1, 2).flatten(2))
 
 
 class GEGLU(nn.Module):
@@ -195,31 +192,29 @@ class Block(nn.Sequential):
 
 
 class UNet(nn.Module):
-    def __init__(self, config=UNetConfig()):
+    def __init__(self, config):
         super().__init__()
         self.config = config
         c = config.model_channels
         self.time_embed = nn.Sequential(nn.Linear(c, 4 * c), nn.SiLU(), nn.Linear(4 * c, 4 * c))
         self.input_blocks = nn.ModuleList([Block(nn.Conv2d(config.in_channels, c, 3, padding=1))])
-        skips, factor = [c], 1
-        for level, mult in enumerate(config.channel_mult):
+        widths, skips = [config.model_channels * m for m in config.channel_mult], [c]
+        for level, width in enumerate(widths):
             for _ in range(config.num_res_blocks):
-                self.input_blocks.append(self.level_block(c, config.model_channels * mult, factor))
-                c = config.model_channels * mult
+                self.input_blocks.append(self.level_block(c, width, level))
+                c = width
                 skips.append(c)
-            if level < len(config.channel_mult) - 1:
+            if level < len(widths) - 1:
                 self.input_blocks.append(Block(self.resample(c, "down")))
                 skips.append(c)
-                factor *= 2
         self.middle_block = Block(self.res_block(c, c), self.attention(c), self.res_block(c, c))
         self.output_blocks = nn.ModuleList()
-        for level, mult in reversed(list(enumerate(config.channel_mult))):
+        for level, width in reversed(list(enumerate(widths))):
             for i in range(config.num_res_blocks + 1):
-                block = self.level_block(c + skips.pop(), config.model_channels * mult, factor)
-                c = config.model_channels * mult
+                block = self.level_block(c + skips.pop(), width, level)
+                c = width
                 if level and i == config.num_res_blocks:
                     block.append(self.resample(c, "up"))
-                    factor //= 2
                 self.output_blocks.append(block)
         self.out = nn.Sequential(
             norm(c), nn.SiLU(), nn.Conv2d(c, config.out_channels, 3, padding=1)
@@ -239,9 +234,9 @@ class UNet(nn.Module):
             return self.res_block(c, c, direction)
         return Downsample(c) if direction == "down" else Upsample(c)
 
-    def level_block(self, c_in, c_out, factor):
+    def level_block(self, c_in, c_out, level):
         layers = [self.res_block(c_in, c_out)]
-        if factor in self.config.attention_resolutions:
+        if 2**level in self.config.attention_resolutions:
             layers.append(self.attention(c_out))
         return Block(*layers)
 

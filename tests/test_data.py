@@ -599,6 +599,8 @@ def test_videos_that_cannot_fill_three_parts_are_refused(tmp_path):
         find("cvc", tmp_path, "sequence")
     with pytest.raises(Refusal, match="named twice"):
         find("cvc+cvc", tmp_path)
+    with pytest.raises(Refusal, match="only cvc has video sequences"):
+        find(str(tmp_path / "CVC-ClinicDB"), tmp_path, "sequence")  # as a folder of one's own
 
 
 def test_names_that_only_look_like_numbers_are_sorted():
@@ -692,14 +694,18 @@ def test_a_mask_that_lies_elsewhere_is_refused(tmp_path):
 
 
 def test_the_check_names_every_bad_file(tmp_path, capsys):
-    """Two damaged pictures are both named, the others counted, and the status says so."""
-    root = folder(tmp_path / "own", n=12)
-    for case in find(str(root)).parts["train"][:2]:
-        case.image.write_bytes(b"x")
-    sheet = str(tmp_path / "sheet.png")
-    assert data.main(data.parse(["--data", str(root), "--out", sheet])) == 1
-    printed = capsys.readouterr().out
-    assert printed.count("not a readable picture") == 2 and "2 cases cannot be used" in printed
+    """Two damaged files are both named, the others counted, and the status says so."""
+    pictures = folder(tmp_path / "own", n=12)
+    names = [(f"{i}.nii.gz",) * 2 for i in range(12)]
+    volumes(tmp_path / "scans", "images", "masks", names)
+    for root, kind in ((pictures, "picture"), (tmp_path / "scans", "NIfTI volume")):
+        for case in find(str(root)).parts["train"][:2]:
+            case.image.write_bytes(b"x")
+        sheet = tmp_path / f"{kind}.png"
+        assert data.main(data.parse(["--data", str(root), "--out", str(sheet)])) == 1
+        printed = capsys.readouterr().out
+        assert printed.count(f"not a readable {kind}") == 2 and "2 cases cannot be used" in printed
+        assert sheet.exists()
 
 
 def test_a_header_of_nonsense_is_one_line(tmp_path, capfd):
