@@ -15,6 +15,7 @@ from pathlib import Path
 
 PARTS = ("train", "val", "test")  # of a data set
 MAX_CLASSES = 14  # background included: as many colours as `sdseg.class_colours` keeps apart
+CLEAR = "\r\x1b[K"  # empties a terminal's line
 SHIPPED = Path(__file__).parent / "weights" / "nano.safetensors"  # the model that ships
 
 
@@ -141,15 +142,15 @@ def whole_file(path):
 
 
 class Progress:
-    """done / total, rate, time left: one moving line on a terminal, a line now and then in a log.
-
-    What is over before the first line is due prints nothing.
+    """done / total, rate, time left: a line now and then in a log, on a terminal one that moves and
+    is gone at the end. What is over before the first is due prints nothing, and of torchrun's
+    processes only the first speaks.
     """
 
     def __init__(self, total, unit):
         self.total, self.unit, self.done = total, unit, 0
         self.terminal = sys.stderr.isatty()
-        self.pause = 0.2 if self.terminal else 30.0
+        self.pause = math.inf if torchrun_place()[0] else 0.2 if self.terminal else 30.0
         self.began = self.shown = time.monotonic()
 
     def step(self, n=1):
@@ -161,8 +162,9 @@ class Progress:
             rate = self.done / (now - self.began)
             left = duration((self.total - self.done) / rate)
             text = f"{self.done}/{self.total} {self.unit}, {rate:.1f}/s, {left} left"
-            start, end = ("\r\x1b[K", "\n" if over else "") if self.terminal else ("", "\n")
-            print(f"{start}{text}", end=end, file=sys.stderr, flush=True)
+            if self.terminal:
+                text = CLEAR if over else CLEAR + text
+            print(text, end="" if self.terminal else "\n", file=sys.stderr, flush=True)
 
 
 def duration(seconds):

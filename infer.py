@@ -9,6 +9,7 @@ Letters: B batch, C scores (1, or K for K > 2 classes), H W a picture's own size
 """
 
 from common import (
+    CLEAR,
     SHIPPED,
     Parser,
     Progress,
@@ -255,7 +256,7 @@ def segment_volume(model, job, args):
 def say(text, file=None):
     """One line; on a terminal it takes the place of the moving one."""
     if sys.stderr.isatty():
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        print(CLEAR, end="", file=sys.stderr, flush=True)
     print(one_line(text), file=file, flush=True)
 
 

@@ -93,7 +93,7 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from checkpoint import read_weights
-from common import SHIPPED, duration, one_line, out_of_memory, torchrun_place, whole_file
+from common import SHIPPED, Progress, duration, one_line, out_of_memory, torchrun_place, whole_file
 from data import SegmentationData, find, write_image
 from infer import class_ids
 from metrics import areas, dice_of
@@ -181,15 +181,17 @@ def learning_rate(step, args):
 def mask_std(model, data, n=512):
     """Standard deviation of unscaled mask latents over some n training masks, as they are."""
     latents, places = [], range(0, len(data), max(1, len(data) // n))
+    progress = Progress(len(places), "masks encoded")
     for i in range(0, len(places), 16):
         masks = data.batch([(None, j) for j in places[i : i + 16]])["mask"]
         latents.append(model.vae.encode(model.paint(masks.to(model.colours.device)))[0].cpu())
+        progress.step(len(masks))
     return max(torch.cat(latents).double().std(correction=0).item(), 1e-6)
 
 
 def validate(model, data, device, autocast, batch_size=16):
     """Mean Dice over the pictures or volumes, classes averaged, single-step inference, seed 0."""
-    total = {}
+    total, progress = {}, Progress(len(data), "items validated")
     for i in range(0, len(data), batch_size):
         places = range(len(data))[i : i + batch_size]
         batch = data.batch([(None, j) for j in places])
@@ -197,6 +199,7 @@ def validate(model, data, device, autocast, batch_size=16):
             p = model.segment(batch["image"].to(device), generator=torch.Generator().manual_seed(0))
         for j, pixels in zip(places, areas_of(p, batch["mask"])):
             total[data.cases[j]] = total.get(data.cases[j], 0) + pixels
+        progress.step(len(places))
     return float(dice_of(np.stack(list(total.values()))).mean())
 
 

@@ -1,5 +1,6 @@
 """Inference: files in, masks of the files' own size out, and nothing else touched."""
 
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -360,6 +361,22 @@ def test_scores_that_are_no_numbers_are_refused(model, tmp_path):
     loaded.unet.out[2].bias.data[:] = float("nan")
     with pytest.raises(Refusal, match="not finite"):
         infer.segment_images(loaded, [np.zeros((8, 8, 3), np.uint8)])
+
+
+@pytest.mark.parametrize("rank, terminal, lines, end", [
+    ("0", True, 8, "\r\x1b[K"), ("0", False, 3, "9/9 files, 0.1/s, 0 s left\n"), ("1", True, 0, ""),
+])  # fmt: skip
+def test_progress(rank, terminal, lines, end, monkeypatch):
+    """On a terminal a line that moves and goes; in a log one in 30 seconds; once for torchrun."""
+    clock, out = iter(range(0, 1000, 10)), io.StringIO()
+    out.isatty = lambda: terminal
+    monkeypatch.setattr(sys, "stderr", out)
+    monkeypatch.setattr(common.time, "monotonic", lambda: next(clock))
+    monkeypatch.setenv("RANK", rank)
+    progress = common.Progress(9, "files")
+    for _ in range(9):
+        progress.step()
+    assert out.getvalue().count("files") == lines and out.getvalue().endswith(end)
 
 
 def test_help_answers_at_once():
