@@ -104,7 +104,7 @@ def read_mask(path):
             image = image.convert("L")
     if image.mode == "1":
         image = image.convert("L")
-    if image.mode in ("RGBA", "LA", "PA"):
+    if "A" in image.mode:
         image = on_black(image)
     if image.mode in ("CMYK", "YCbCr"):
         image = image.convert("RGB")
@@ -235,7 +235,8 @@ def pictures_of(volume, window=None):
     low, high = window
     scale = 255 / max(high - low, 1e-9)
     grey = [((x - low) * scale).round().clip(0, 255).astype(np.uint8) for x in slices_of(volume)]
-    return np.broadcast_to(np.stack(grey)[..., None], (*np.shape(grey), 3))
+    grey = np.stack(grey)[..., None]
+    return np.broadcast_to(grey, (*grey.shape[:3], 3))
 
 
 def resize_image(image, size):

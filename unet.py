@@ -192,7 +192,7 @@ class Block(nn.Sequential):
 
 
 class UNet(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config=UNetConfig()):
         super().__init__()
         self.config = config
         c = config.model_channels

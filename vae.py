@@ -198,7 +198,7 @@ class Decoder(nn.Module):
 
 
 class AutoencoderKL(nn.Module):
-    def __init__(self, config):
+    def __init__(self, config=VAEConfig()):
         super().__init__()
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
@@ -218,7 +218,7 @@ class AutoencoderKL(nn.Module):
 class VisionEncoder(nn.Module):
     """tau: the image encoder that is trained. Encoder, then a 1x1 convolution 8 -> 4."""
 
-    def __init__(self, config):
+    def __init__(self, config=VAEConfig()):
         super().__init__()
         self.encoder = Encoder(config)
         self.out = nn.Conv2d(2 * config.z_channels, config.z_channels, 1)
