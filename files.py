@@ -68,13 +68,6 @@ def finite(values):
     return np.nan_to_num(values, nan=low, neginf=low, posinf=high)
 
 
-def on_black(image):
-    """A PIL image without transparency: what lies behind it is black."""
-    image = image.convert("RGBA")
-    behind = Image.new("RGBA", image.size, (0, 0, 0, 255))
-    return Image.alpha_composite(behind, image).convert("RGB")
-
-
 def read_image(path):
     """Any picture -> uint8 (H, W, 3). Raises Refusal.
 
@@ -87,28 +80,31 @@ def read_image(path):
         low, high = values.min(), values.max()
         grey = (values - low) / max(high - low, 1e-9) * 255
         return np.repeat(grey.round().astype(np.uint8)[..., None], 3, axis=2)
-    clear = "A" in image.mode or "transparency" in image.info
-    return np.asarray(on_black(image) if clear else image.convert("RGB"))
+    if "A" in image.mode or "transparency" in image.info:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.asarray(image.convert("RGB"))
 
 
 def read_mask(path):
     """A picture of class ids or of black and white -> its values, uint8 (H, W). Raises Refusal.
 
-    Transparency is laid on black, as in pictures.
+    Where an alpha channel cuts out a shape, what it clears is background, 0.
     """
     image = open_image(path)
-    if image.mode == "P":  # its indices are class ids, unless its colours are black and white
-        used = {colour for _, colour in image.convert("RGB").getcolors(256)}
-        plain = len(used) == len(image.getcolors())  # and no index lies outside the palette
-        if plain and any(used <= {(0, 0, 0), (white,) * 3} for white in (1, 255)):
+    if image.mode == "P":  # its indices are class ids, unless its palette is black and white
+        palette = set(zip(*[iter(image.getpalette("RGB"))] * 3))
+        plain = len(image.convert("RGB").getcolors(256)) == len(image.getcolors())
+        if plain and any(palette == {(0, 0, 0), (white,) * 3} for white in (1, 255)):
             image = image.convert("L")
     if image.mode == "1":
         image = image.convert("L")
-    if "A" in image.mode:
-        image = on_black(image)
-    if image.mode in ("CMYK", "YCbCr"):
+    alpha = np.asarray(image.getchannel("A")) if "A" in image.mode else np.zeros(1)
+    if image.mode in ("RGBA", "LA", "PA", "CMYK", "YCbCr"):
         image = image.convert("RGB")
     values = np.asarray(image)
+    if alpha.any():  # else it is unused
+        values = values * (alpha > 127)[..., None]
     if values.ndim == 3:
         if image.format != "JPEG" and (values != values[..., :1]).any():
             raise Refusal(f"{path}: a mask in colours; store class ids as grey values 0, 1, 2, ..")

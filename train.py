@@ -31,7 +31,7 @@ def parse(argv=None):
 
     add = parser.group("the run")
     add("--resume", metavar="DIR", help="go on with the run in this folder, with its own settings; "
-        "--steps, --root, --device and --workers may be others")  # fmt: skip
+        "--steps and --root may be others, --device and --workers are chosen anew")  # fmt: skip
     add("--init", metavar="FILE", help="weights to start from (default: sd-v1, else nano)")
     add("--fresh", action="store_true", help="keep of --init only the autoencoder")
     add("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
@@ -265,9 +265,8 @@ def saved_flags(folder):
 def settings(args):
     """Fill in what the user left open -> the weights to start from, and why these."""
     if args.resume:
-        own = {k: getattr(args, k) for k in ("steps", "root", "device", "workers")}
-        own = {k: v for k, v in own.items() if v is not None}
-        own |= {"resume": args.resume, "out": args.resume}
+        own = {k: getattr(args, k) for k in ("resume", "device", "workers")} | {"out": args.resume}
+        own |= {k: getattr(args, k) for k in ("steps", "root") if getattr(args, k) is not None}
         vars(args).update({**vars(saved_flags(args.resume)), **own})
         best = Path(args.resume) / "model.safetensors"  # not there before the first validation
         return best if best.exists() else args.init, "as --resume says"
@@ -397,7 +396,7 @@ def restore(folder, trained, average, optimiser, key):
     state = read_resume(path)
     try:
         if state["data"] != key:
-            raise Refusal(f"{folder}: the data set is not the one this run was saved with")
+            raise Refusal(f"{folder}: the data set, or how it is read, is not what it was then")
         with torch.no_grad():
             for live, saved in zip((trained, average.mean), (state["trained"], state["average"])):
                 for p, q in zip(live, saved, strict=True):
@@ -492,9 +491,6 @@ def main(args):
     out = Path(args.out)
     if rank == 0:
         check_room(out, model, trained)
-        config = {"args": vars(args), "model": asdict(model.config), "torch": torch.__version__}
-        with whole_file(out / "config.json") as temporary:
-            temporary.write_text(json.dumps(config, indent=1))
     count = sum(p.numel() for p in trained) / 1e6
     say(f"{found.name}: {len(train_data)} training, {len(val_data)} validation items of {size} px, "
         f"{len(found.classes)} classes; mask latents have std {1 / scale:.3f}")  # fmt: skip
@@ -511,6 +507,10 @@ def main(args):
     if args.resume:
         start, best = restore(Path(args.resume), trained, average, optimiser, train_data.key)
         say(f"resumed at step {start}, best validation Dice {best:.4f}")
+    if rank == 0:
+        config = {"args": vars(args), "model": asdict(model.config), "torch": torch.__version__}
+        with whole_file(out / "config.json") as temporary:
+            temporary.write_text(json.dumps(config, indent=1))
     if args.compile:  # with CUDA graphs on one GPU; several exchange gradients in the middle
         model.compile(mode="reduce-overhead" if world == 1 else "default")
     uncompiled = partial(torch.compiler.set_stance, "force_eager") if args.compile else nullcontext
@@ -546,8 +546,9 @@ def main(args):
         final = done == args.steps or bool(caught)
         if rank == 0 and (done % args.log_every == 0 or final):
             log.losses(done, *watch.read(), optimiser.param_groups[0]["lr"])
-        if rank == 0 and (done % args.eval_every == 0 or final):
-            if caught:  # torchrun gives 30 seconds, and a validation may take longer
+        due = done % args.eval_every == 0 or done == args.steps
+        if rank == 0 and (due or final):
+            if not due:  # stopped: torchrun gives 30 seconds, and a validation may take longer
                 save_state(out, done, best, train_data.key, trained, average, optimiser)
             average.swap()
             model.eval()

@@ -99,7 +99,7 @@ def main(args):
     val_data = SegmentationData(found, "val", args.size)
 
     # 2. Model and optimiser; SDSeg lends the colours of its masks
-    own = {"classes": found.classes, "image_size": args.size}
+    own = dict(classes=found.classes, image_size=args.size, data=found.name, split=args.split)
     if args.init:
         model = start_from(args.init, fresh=True, **own)
     else:

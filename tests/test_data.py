@@ -376,16 +376,26 @@ def test_a_mask_with_a_palette(tmp_path):
         for ending in ("png", "gif"):
             image.save(tmp_path / f"m.{ending}")
             assert np.array_equal(read_mask(tmp_path / f"m.{ending}") > 0, ids)
+    # One palette, one meaning, whichever of its colours a file happens to use
+    for used in ([0, 0], [0, 2], [0, 1, 2]):
+        image = Image.fromarray(np.array([used], np.uint8)).convert("P")
+        image.putpalette([255] * 3 + [255, 0, 0] + [0] * 3)
+        image.save(tmp_path / "m.png")
+        assert read_mask(tmp_path / "m.png").tolist() == [used]
 
 
 def test_a_mask_cut_out_by_transparency(tmp_path):
-    """White that is clear outside of a shape is the shape: what lies behind is black."""
+    """White that is clear outside of a shape is the shape; alpha changes no id, and if all is
+    clear it is unused.
+    """
     ids = np.eye(6, dtype=np.uint8)
-    for mode in ("RGBA", "LA"):
-        image = Image.new(mode, ids.shape, "white")
-        image.putalpha(Image.fromarray(255 * ids))
+    for mode, value in (("RGBA", 255), ("LA", 255), ("RGBA", 3)):
+        image = Image.new(mode, ids.shape, (value,) * (len(mode) - 1) + (0,))
         image.save(tmp_path / "m.png")
-        assert np.array_equal(read_mask(tmp_path / "m.png"), 255 * ids)
+        assert (read_mask(tmp_path / "m.png") == value).all()
+        image.putalpha(Image.fromarray(200 * ids))
+        image.save(tmp_path / "m.png")
+        assert np.array_equal(read_mask(tmp_path / "m.png"), value * ids)
 
 
 def test_only_pictures_are_opened(tmp_path):

@@ -230,7 +230,7 @@ def test_a_run_may_be_moved_and_copied(place):
     run(place, "first", "--latent-weight", "0", "--mask-weight", "0", "--last", "0")
     before = {p: p.read_bytes() for p in (place / "first").rglob("*.*")}
     shutil.copytree(place / "first", place / "second")
-    flags = ["--steps", "8", "--root", "data", "--workers", "0"]
+    flags = ["--steps", "8", "--root", "elsewhere", "--workers", "0"]
     train.main(train.parse(["--resume", str(place / "second"), *flags]))
     assert state(place / "second")["step"] == 8
     assert {p: p.read_bytes() for p in (place / "first").rglob("*.*")} == before
@@ -238,30 +238,35 @@ def test_a_run_may_be_moved_and_copied(place):
         json.loads((place / name / "config.json").read_text()) for name in ("first", "second")
     )
     second_place = str(place / "second")
-    changed = {"steps": 8, "workers": 0, "out": second_place, "resume": second_place}
+    changed = {"steps": 8, "root": "elsewhere", "device": None, "workers": 0}
+    changed |= {"out": second_place, "resume": second_place}
     assert second["args"] == first["args"] | changed
 
 
 def test_a_signal_saves_before_it_validates(place, monkeypatch):
-    """torchrun kills after 30 seconds: a first validation that never ends loses no step."""
+    """torchrun kills after 30 seconds: a first validation that never ends loses no step, but one
+    that was due anyway is not passed over.
+    """
     run(place, "whole")
     update = train.Average.update
 
-    def signal_at_2(self, step):
+    def signal_at(last, self, step):
         update(self, step)
-        if step == 2:
+        if step == last:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def endless(*args):
         raise MemoryError("as if killed")
 
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(train.Average, "update", signal_at_2)
-        patch.setattr(train, "validate", endless)
-        run(place, "run")
-    assert state(place / "run")["step"] == 3 and not (place / "run/model.safetensors").exists()
-    train.main(train.parse(["--resume", str(place / "run")]))
-    assert same(state(place / "whole"), state(place / "run"))
+    for name, last in (("between", 1), ("due", 2)):
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(train.Average, "update", lambda *a, last=last: signal_at(last, *a))
+            patch.setattr(train, "validate", endless)
+            run(place, name)
+        assert not (place / name / "model.safetensors").exists()
+    assert not (place / "due/resume.pt").exists() and state(place / "between")["step"] == 2
+    train.main(train.parse(["--resume", str(place / "between"), "--device", "cpu"]))
+    assert same(state(place / "whole"), state(place / "between"))
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_piece(place):
@@ -483,8 +488,10 @@ def test_a_changed_data_set_is_noticed(place):
     run(place, "run", steps=2)
     (place / "own/images/3.png").unlink()
     (place / "own/masks/3.png").unlink()
+    before = (place / "run/config.json").read_text()
     with pytest.raises(Refusal, match="data set"):
-        train.main(train.parse(["--resume", str(place / "run"), "--device", "cpu"]))
+        train.main(train.parse(["--resume", str(place / "run"), "--root", "elsewhere"]))
+    assert (place / "run/config.json").read_text() == before
 
 
 def test_the_average_covers_and_swaps():

@@ -43,7 +43,7 @@ def test_it_learns_and_another_run_goes_on(run, tmp_path, capsys):
     config, first = run("--steps", "60", "--lr", "5e-3")
     scores = [float(x) for x in re.findall(r"Dice ([\d.]+)", capsys.readouterr().out)]
     assert len(scores) == 4 and scores[-1] > max(0.8, scores[0])
-    assert config.image_size == 32 and (tmp_path / "vae.png").exists()
+    assert (config.image_size, config.data) == (32, "own") and (tmp_path / "vae.png").exists()
     kept = str((tmp_path / "vae.safetensors").rename(tmp_path / "first.safetensors"))
     _, again = run("--steps", "1", "--lr", "0", "--init", kept)
     assert first.keys() == again.keys()
