@@ -9,6 +9,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from common import keep_freed_memory
+
+keep_freed_memory()  # as every command does
 GOLDENS = Path(__file__).parent / "goldens"
 
 
