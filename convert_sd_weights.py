@@ -265,7 +265,6 @@ def convert(tensors, config, ema=False):
 
 # ---- the report ----
 
-
 IGNORED = (  # how public names begin, and what is not taken; the first that fits counts
     ("again.", "given twice"),
     (EMA, "averaged U-Net"),

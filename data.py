@@ -100,8 +100,8 @@ def class_ids(values, rule, k, path):
         return (values < 64).astype(np.uint8)
     # Small values are ids that the data set does not have, but for what JPEG leaves of 0; and one
     # dark grey alone, as 100, was meant to be white.
-    faint = top < MAX_CLASSES or top <= 127 and len(np.unique(values)) == 2
-    if rule == "binary" and (not faint or top > 1 and is_jpeg(path)):
+    dark = MAX_CLASSES <= top <= 127 and len(np.unique(values)) == 2
+    if rule == "binary" and (top > 1 if is_jpeg(path) else top >= MAX_CLASSES and not dark):
         return (values > 127).astype(np.uint8)
     if top >= k or values.min() < 0 or (values % 1).any():
         seen = ", ".join(f"{v:g}" for v in np.unique(values)[:20])
@@ -454,8 +454,9 @@ class SegmentationData(torch.utils.data.Dataset):
         self.flip = not (found.volumes and len(found.classes) > 2)
         self.key = fingerprint(found, part, size)
         self.images, self.masks, self.names = cached(found, part, size, self.key)
-        slices = found.volumes  # named "case:number"
-        self.cases = [n.rpartition(":")[0] for n in self.names] if slices else self.names
+        self.cases = self.names
+        if found.volumes:  # each slice's volume
+            self.cases = [name.rpartition(":")[0] for name in self.names]
 
     def __len__(self):
         return len(self.names)

@@ -94,16 +94,17 @@ def read_mask(path):
     image = open_image(path)
     if image.mode == "P":  # its indices are class ids, unless its palette is black and white
         palette = set(zip(*[iter(image.getpalette("RGB"))] * 3))
+        # and no two indices look alike, as those would that lie outside of it
         plain = len(image.convert("RGB").getcolors(256)) == len(image.getcolors())
         if plain and any(palette == {(0, 0, 0), (white,) * 3} for white in (1, 255)):
             image = image.convert("L")
     if image.mode == "1":
         image = image.convert("L")
-    alpha = np.asarray(image.getchannel("A")) if "A" in image.mode else np.zeros(1)
+    alpha = np.asarray(image.getchannel("A")) if "A" in image.mode else None
     if image.mode in ("RGBA", "LA", "PA", "CMYK", "YCbCr"):
         image = image.convert("RGB")
     values = np.asarray(image)
-    if alpha.any():  # else it is unused
+    if alpha is not None and alpha.any():  # else it is unused
         values = values * (alpha > 127)[..., None]
     if values.ndim == 3:
         if image.format != "JPEG" and (values != values[..., :1]).any():

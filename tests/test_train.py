@@ -230,7 +230,7 @@ def test_a_run_may_be_moved_and_copied(place):
     run(place, "first", "--latent-weight", "0", "--mask-weight", "0", "--last", "0")
     before = {p: p.read_bytes() for p in (place / "first").rglob("*.*")}
     shutil.copytree(place / "first", place / "second")
-    flags = ["--steps", "8", "--root", "elsewhere", "--workers", "0"]
+    flags = ["--steps", "8", "--root", "elsewhere", "--workers", "0", "--device", "cpu"]
     train.main(train.parse(["--resume", str(place / "second"), *flags]))
     assert state(place / "second")["step"] == 8
     assert {p: p.read_bytes() for p in (place / "first").rglob("*.*")} == before
@@ -238,7 +238,7 @@ def test_a_run_may_be_moved_and_copied(place):
         json.loads((place / name / "config.json").read_text()) for name in ("first", "second")
     )
     second_place = str(place / "second")
-    changed = {"steps": 8, "root": "elsewhere", "device": None, "workers": 0}
+    changed = {"steps": 8, "root": "elsewhere", "workers": 0}
     changed |= {"out": second_place, "resume": second_place}
     assert second["args"] == first["args"] | changed
 
@@ -490,8 +490,9 @@ def test_a_changed_data_set_is_noticed(place):
     (place / "own/images/3.png").unlink()
     (place / "own/masks/3.png").unlink()
     before = (place / "run/config.json").read_text()
+    flags = ["--root", "elsewhere", "--device", "cpu"]
     with pytest.raises(Refusal, match="data set"):
-        train.main(train.parse(["--resume", str(place / "run"), "--root", "elsewhere"]))
+        train.main(train.parse(["--resume", str(place / "run"), *flags]))
     assert (place / "run/config.json").read_text() == before
 
 
