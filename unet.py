@@ -1,34 +1,38 @@
 """The U-Net of latent diffusion, in the two families that SDSeg starts from.
 
-`family="sd"`: Stable Diffusion v1, spatial transformers (self-attention, optional cross-attention,
-GEGLU) and strided convolutions. `family="ldm"`: LDM as in LSUN-churches, plain attention blocks,
-scale-shift normalisation by the time step, residual blocks that resample.
-In: [z_t, z_c] (B, 8, h, w), or z_t (B, 4, h, w) where z_c is the context of cross-attention, and
-t (B,) int64. Out: (B, 4, h, w), float32.
-Parameter names are those of CompVis checkpoints, so public weights load as they are.
+`family="sd"`: Stable Diffusion v1: spatial transformers (self-attention, optional cross-attention,
+GEGLU) and strided convolutions. `family="ldm"`: LDM as in LSUN-churches: plain attention blocks,
+scale and shift by the time step, residual blocks that resample.
+In: [z_t, z_c] (B, 8, h, w), or z_t (B, 4, h, w) if z_c is the context of cross-attention; t (B,)
+int64. Out: (B, 4, h, w) float32.
+Modules have the parameter names of CompVis checkpoints, so that public weights load directly; the
+lists of layers with fixed indices are there for these names. Shapes: sd-v1, 256 px images.
 """
+# The columns of shapes are aligned by hand.
+# fmt: off
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from vae import GroupNorm, Upsample
+from support.fast_ops import GroupNorm, Upsample
 
 
 @dataclass(frozen=True)
 class UNetConfig:
-    family: str = "sd"  # "sd" or "ldm"
+    family: Literal["sd", "ldm"] = "sd"
     in_channels: int = 8  # z_t and z_c
     out_channels: int = 4
     model_channels: int = 320
-    channel_mult: tuple[int, ...] = (1, 2, 4, 4)  # a level each; every level but the last halves
+    channel_mult: tuple[int, ...] = (1, 2, 4, 4)  # one level each; all but the last halve h and w
     num_res_blocks: int = 2
-    attention_resolutions: tuple[int, ...] = (1, 2, 4)  # downsampling factors that have attention
+    attention_resolutions: tuple[int, ...] = (1, 2, 4)  # downsampling factors with attention
     num_heads: int = 8
-    context_dim: int | None = 768  # width of the cross-attention's tokens; None: no cross-attention
+    context_dim: int | None = 768  # width of the context's tokens; None: no cross-attention
 
 
 def timestep_embedding(t, dim):
@@ -43,7 +47,7 @@ def norm(channels, eps=1e-5):
 
 
 class ResBlock(nn.Module):
-    """Two convolutions; the time step enters between them, by addition or as scale and shift.
+    """Two convolutions. The time step enters between them: it is added, or scales and shifts.
 
     `resample` ("up", "down" or None) changes the resolution on both paths: nearest, or 2x2 mean.
     """
@@ -56,7 +60,7 @@ class ResBlock(nn.Module):
         self.out_layers = nn.Sequential(
             norm(c_out),
             nn.SiLU(),
-            nn.Identity(),  # the original's dropout; keeps the convolution's index, 3
+            nn.Identity(),  # the original's dropout; the convolution has index 3 in checkpoints
             nn.Conv2d(c_out, c_out, 3, padding=1),
         )
         same = c_in == c_out
@@ -67,15 +71,15 @@ class ResBlock(nn.Module):
             return F.interpolate(x, scale_factor=2.0, mode="nearest")
         return F.avg_pool2d(x, 2) if self.resample == "down" else x
 
-    def forward(self, x, emb):
-        h = self.in_layers[2](self.resize(self.in_layers[:2](x)))
-        emb = self.emb_layers(emb)[:, :, None, None]
+    def forward(self, x, emb):                                     # (B, c_in, h, w), (B, 1280)
+        h = self.in_layers[2](self.resize(self.in_layers[:2](x)))  # (B, c_out, h, w)
+        emb = self.emb_layers(emb)[:, :, None, None]               # (B, c_out, 1, 1)
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
             h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
         else:
             h = self.out_layers(h + emb)
-        return self.skip_connection(self.resize(x)) + h
+        return self.skip_connection(self.resize(x)) + h            # (B, c_out, h, w)
 
 
 class AttentionBlock(nn.Module):
@@ -88,15 +92,15 @@ class AttentionBlock(nn.Module):
         self.qkv = nn.Conv1d(c, 3 * c, 1)
         self.proj_out = nn.Conv1d(c, c, 1)
 
-    def forward(self, x):
-        qkv = self.qkv(self.norm(x).flatten(2))  # (B, 3C, hw)
+    def forward(self, x):                                          # (B, C, h, w)
+        qkv = self.qkv(self.norm(x).flatten(2))                    # (B, 3C, hw)
         q, k, v = qkv.unflatten(1, (self.heads, 3, -1)).transpose(3, 4).unbind(2)
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, hw, C / heads)
+        h = F.scaled_dot_product_attention(q, k, v)                # (B, heads, hw, C / heads)
         return x + self.proj_out(h.transpose(2, 3).flatten(1, 2)).view_as(x)
 
 
 class CrossAttention(nn.Module):
-    """x (B, n, C) attends to a context (B, m, c_context); self-attention where that is x itself."""
+    """x (B, n, C) attends to a context (B, m, c_context). With context = x: self-attention."""
 
     def __init__(self, c, c_context, heads):
         super().__init__()
@@ -106,11 +110,11 @@ class CrossAttention(nn.Module):
         self.to_v = nn.Linear(c_context, c, bias=False)
         self.to_out = nn.Sequential(nn.Linear(c, c))
 
-    def forward(self, x, context):
+    def forward(self, x, context):                                 # (B, n, C), (B, m, c_context)
         q, k, v = self.to_q(x), self.to_k(context), self.to_v(context)
         q, k, v = (y.unflatten(2, (self.heads, -1)).transpose(1, 2) for y in (q, k, v))
-        h = F.scaled_dot_product_attention(q, k, v)  # (B, heads, n, C / heads)
-        return self.to_out(h.transpose(1, 2).flatten(2))
+        h = F.scaled_dot_product_attention(q, k, v)                # (B, heads, n, C / heads)
+        return self.to_out(h.transpose(1, 2).flatten(2))           # (B, n, C)
 
 
 class GEGLU(nn.Module):
@@ -126,6 +130,7 @@ class GEGLU(nn.Module):
 class FeedForward(nn.Module):
     def __init__(self, c):
         super().__init__()
+        # The identity is the original's dropout; the last layer has index 2 in checkpoints.
         self.net = nn.Sequential(GEGLU(c, 4 * c), nn.Identity(), nn.Linear(4 * c, c))
 
     def forward(self, x):
@@ -144,7 +149,7 @@ class BasicTransformerBlock(nn.Module):
             self.attn2 = CrossAttention(c, context_dim, heads)
         self.ff = FeedForward(c)
 
-    def forward(self, x, context):
+    def forward(self, x, context):                                 # (B, hw, C), (B, m, context_dim)
         h = self.norm1(x)
         x = x + self.attn1(h, h)
         if context is not None:
@@ -153,7 +158,7 @@ class BasicTransformerBlock(nn.Module):
 
 
 class SpatialTransformer(nn.Module):
-    """The attention of the SD family: latent pixels as tokens through one transformer block."""
+    """The attention of the SD family: latent pixels as tokens of one transformer block."""
 
     def __init__(self, c, heads, context_dim):
         super().__init__()
@@ -162,7 +167,7 @@ class SpatialTransformer(nn.Module):
         self.transformer_blocks = nn.ModuleList([BasicTransformerBlock(c, heads, context_dim)])
         self.proj_out = nn.Conv2d(c, c, 1)
 
-    def forward(self, x, context):
+    def forward(self, x, context):                                 # (B, C, h, w)
         h = self.proj_in(self.norm(x)).flatten(2).transpose(1, 2)  # (B, hw, C)
         h = self.transformer_blocks[0](h, context)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
@@ -178,7 +183,7 @@ class Downsample(nn.Module):
 
 
 class Block(nn.Sequential):
-    """Layers in a row, each given what it takes: x, and the time embedding or the context."""
+    """Layers in a row. Each gets what it takes: x, and the time embedding or the context."""
 
     def forward(self, x, emb, context):
         for layer in self:
@@ -244,17 +249,19 @@ class UNet(nn.Module):
         """x (B, in_channels, h, w), t (B,) int64, context (B, n, context_dim) -> (B, 4, h, w).
 
         Without a context every cross-attention contributes nothing. The last normalisation and
-        convolution run in float32: Eq. 2 multiplies their rounding by up to 38.7.
+        convolution run in float32, because Eq. 2 multiplies their rounding by up to 38.7.
         """
         dtype = self.time_embed[0].weight.dtype
-        emb = self.time_embed(timestep_embedding(t, self.config.model_channels).to(dtype))
-        h, skips = x.to(dtype), []  # (B, 8, 32, 32)
-        context = None if context is None else context.to(dtype)
-        for block in self.input_blocks:
-            h = block(h, emb, context)  # (B, 320, 32, 32) .. (B, 1280, 4, 4)
-            skips.append(h)
-        h = self.middle_block(h, emb, context)
-        for block in self.output_blocks:
-            h = block(torch.cat([h, skips.pop()], dim=1), emb, context)  # .. (B, 320, 32, 32)
+        emb = timestep_embedding(t, self.config.model_channels)    # (B, 320)
+        emb = self.time_embed(emb.to(dtype))                       # (B, 1280)
+        context = None if context is None else context.to(dtype)   # (B, n, 768)
+        h, skips = x.to(dtype), []                                 # (B, 8, 32, 32)
+        for block in self.input_blocks:                            # (B, 320, 32, 32)
+            h = block(h, emb, context)                             # (B, 640, 16, 16)
+            skips.append(h)                                        # (B, 1280, 8, 8)
+        h = self.middle_block(h, emb, context)                     # (B, 1280, 4, 4)
+        for block in self.output_blocks:                           # (B, 1280, 8, 8)
+            h = torch.cat([h, skips.pop()], dim=1)                 # (B, 640 to 2560, ..)
+            h = block(h, emb, context)                             # (B, 320, 32, 32)
         with torch.autocast(h.device.type, enabled=False):
-            return self.out(h.float())  # (B, 4, 32, 32)
+            return self.out(h.float())                             # (B, 4, 32, 32)

@@ -1,12 +1,14 @@
-"""KL autoencoder of latent diffusion, and the vision encoder of SDSeg.
+"""The KL autoencoder of latent diffusion, and the vision encoder of SDSeg.
 
-In: images (B, 3, H, W) in [-1, 1]. Out: latents (B, 4, h, w), unscaled; every level of `ch_mult`
-but the last halves the side, which must be even there: h = H/8, for `nano` H/4.
-`AutoencoderKL` carries segmentation maps into the latent space and back and stays frozen;
-`VisionEncoder` (tau in the paper) has the same encoder, is trained, and encodes the image.
-Parameter names are those of CompVis checkpoints, so public weights load as they are.
+In: images (B, 3, H, W) in [-1, 1]. Out: latents (B, 4, h, w), unscaled. Every level of `ch_mult`
+but the last halves the side, so h = H/8 (preset nano: H/4).
+`AutoencoderKL` takes segmentation maps into the latent space and back; it stays frozen.
+`VisionEncoder`, tau in the paper, has the same encoder, is trained, and encodes the image.
+Modules have the parameter names of CompVis checkpoints, so that public weights load directly.
 Letters, the same in every file: B batch, C channels, H W pixels, h w latent pixels.
 """
+# The columns of shapes are aligned by hand.
+# fmt: off
 
 from dataclasses import dataclass
 
@@ -14,42 +16,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from support.fast_ops import GroupNorm, Upsample
+
 
 @dataclass(frozen=True)
 class VAEConfig:
     ch: int = 128  # channels at full resolution
-    ch_mult: tuple[int, ...] = (1, 2, 4, 4)  # a level each; every level but the last halves H, W
-    num_res_blocks: int = 2  # per level in the encoder; the decoder has one more
+    ch_mult: tuple[int, ...] = (1, 2, 4, 4)  # one level each; all but the last halve H and W
+    num_res_blocks: int = 2  # per level of the encoder; the decoder has one more
     z_channels: int = 4
 
 
-def group_norm_by_channel(x, groups, weight, bias, eps):
-    """`F.group_norm` of x (B, C, H, W) in float32, from the channels' own means and variances.
-
-    In plain operations, each over whole channels: torch.compile makes of them kernels that read
-    channels_last in order, where those of F.group_norm read a few values of every pixel.
-    """
-    var, mean = torch.var_mean(x.float(), (2, 3), correction=0)
-    var, mean = (y.unflatten(1, (groups, -1)) for y in (var, mean))  # (B, groups, C / groups)
-    center = mean.mean(2, keepdim=True)
-    var = (var + (mean - center).square()).mean(2, keepdim=True)
-    scale = weight.float().unflatten(0, (groups, -1)) * (var + eps).rsqrt()
-    shift = bias.float().unflatten(0, (groups, -1)) - center * scale
-    return x.float() * scale.flatten(1)[:, :, None, None] + shift.flatten(1)[:, :, None, None]
-
-
-class GroupNorm(nn.GroupNorm):
-    """PyTorch's own, except compiled for a GPU: there `group_norm_by_channel`, which is faster."""
-
-    def forward(self, x):
-        if not (x.is_cuda and torch.compiler.is_compiling()):
-            return super().forward(x)
-        y = group_norm_by_channel(x, self.num_groups, self.weight, self.bias, self.eps)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)  # as PyTorch's
-
-
 def norm(channels):
-    return GroupNorm(32, channels, eps=1e-6)  # 1e-6 here, 1e-5 in the U-Net: as trained
+    return GroupNorm(32, channels, eps=1e-6)  # the U-Net has 1e-5: both as the weights were trained
 
 
 class ResnetBlock(nn.Module):
@@ -61,8 +40,8 @@ class ResnetBlock(nn.Module):
         self.conv2 = nn.Conv2d(c_out, c_out, 3, padding=1)
         self.nin_shortcut = nn.Identity() if c_in == c_out else nn.Conv2d(c_in, c_out, 1)
 
-    def forward(self, x):
-        h = self.conv1(F.silu(self.norm1(x)))
+    def forward(self, x):                                          # (B, c_in, H, W)
+        h = self.conv1(F.silu(self.norm1(x)))                      # (B, c_out, H, W)
         h = self.conv2(F.silu(self.norm2(h)))
         return self.nin_shortcut(x) + h
 
@@ -78,11 +57,12 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(c, c, 1)
         self.proj_out = nn.Conv2d(c, c, 1)
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, 512, 32, 32)
         h = self.norm(x)
         q, k, v = (f(h).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))
-        q, k, v = (y.contiguous() for y in (q, k, v))  # else PyTorch's fused attention declines
-        h = F.scaled_dot_product_attention(q, k, v)[:, 0]  # (B, hw, C)
+        # PyTorch's fused attention needs contiguous tensors.
+        q, k, v = (y.contiguous() for y in (q, k, v))              # (B, 1, 1024, 512)
+        h = F.scaled_dot_product_attention(q, k, v)[:, 0]          # (B, 1024, 512)
         return x + self.proj_out(h.transpose(1, 2).reshape(x.shape))
 
 
@@ -91,26 +71,9 @@ class Downsample(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(c, c, 3, stride=2)
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, C, H, W)
         x = F.pad(x, (0, 1, 0, 1))  # right and bottom only: the weights were trained so
-        return self.conv(x)
-
-
-class Upsample(nn.Module):
-    """Every pixel doubled in height and width, then a 3 x 3 convolution."""
-
-    def __init__(self, c):
-        super().__init__()
-        self.conv = nn.Conv2d(c, c, 3, padding=1)
-
-    def forward(self, x):
-        pixels, channels = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1]
-        if x.device.type != "cpu" or pixels < channels:
-            return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        # The same with 4 products for 9, twice as fast: weights that meet doubled pixels are added
-        weight = self.conv.weight.flip(2, 3).transpose(0, 1)
-        weight = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # (C, C, 4, 4)
-        return F.conv_transpose2d(x, weight, self.conv.bias, stride=2, padding=1)
+        return self.conv(x)                                        # (B, C, H/2, W/2)
 
 
 class Middle(nn.Module):
@@ -120,7 +83,7 @@ class Middle(nn.Module):
         self.attn_1 = AttnBlock(c)
         self.block_2 = ResnetBlock(c, c)
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, 512, 32, 32)
         return self.block_2(self.attn_1(self.block_1(x)))
 
 
@@ -134,10 +97,10 @@ class DownLevel(nn.Module):
         self.block = resnet_blocks(c_in, c_out, n)
         self.downsample = nn.Identity() if last else Downsample(c_out)
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, c_in, H, W)
         for block in self.block:
-            x = block(x)
-        return self.downsample(x)
+            x = block(x)                                           # (B, c_out, H, W)
+        return self.downsample(x)                                  # (B, c_out, H/2, W/2)
 
 
 class UpLevel(nn.Module):
@@ -146,14 +109,14 @@ class UpLevel(nn.Module):
         self.block = resnet_blocks(c_in, c_out, n)
         self.upsample = nn.Identity() if last else Upsample(c_out)
 
-    def forward(self, x):
+    def forward(self, x):                                          # (B, c_in, H, W)
         for block in self.block:
-            x = block(x)
-        return self.upsample(x)
+            x = block(x)                                           # (B, c_out, H, W)
+        return self.upsample(x)                                    # (B, c_out, 2H, 2W)
 
 
 class Encoder(nn.Module):
-    """Image -> mean and log-variance, before `quant_conv` mixes them. Shapes: `VAEConfig()`."""
+    """Image -> mean and log-variance, which `quant_conv` still has to mix."""
 
     def __init__(self, config):
         super().__init__()
@@ -167,14 +130,16 @@ class Encoder(nn.Module):
         self.norm_out = norm(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
-    def forward(self, x):  # (B, 3, 256, 256)
-        h = self.conv_in(x.to(self.conv_in.weight.dtype))  # (B, 128, 256, 256)
-        if self.conv_in.weight.dtype != self.conv_out.weight.dtype:  # in SDSeg.to_precision
+    def forward(self, x):                                          # (B, 3, 256, 256)
+        h = self.conv_in(x.to(self.conv_in.weight.dtype))          # (B, 128, 256, 256)
+        if self.conv_in.weight.dtype != self.conv_out.weight.dtype:  # tau in half precision
             h = h.to(self.conv_out.weight.dtype)
-        for level in self.down:
-            h = level(h)  # (B, 128, 128, 128), (B, 256, 64, 64), (B, 512, 32, 32) twice
+        for level in self.down:                                    # (B, 128, 128, 128)
+            h = level(h)                                           # (B, 256, 64, 64)
+                                                                   # (B, 512, 32, 32)
+                                                                   # (B, 512, 32, 32)
         h = self.mid(h)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 8, 32, 32)
+        return self.conv_out(F.silu(self.norm_out(h)))             # (B, 8, 32, 32)
 
 
 class Decoder(nn.Module):
@@ -183,18 +148,20 @@ class Decoder(nn.Module):
         widths = [config.ch * m for m in config.ch_mult]
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
-        self.up = nn.ModuleList(  # up.0 is the finest level, and runs last
+        self.up = nn.ModuleList(  # up.0 is the finest level and runs last: CompVis counts so
             UpLevel(c_in, c_out, config.num_res_blocks + 1, last=i == 0)
             for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths))
         )
         self.norm_out = norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], 3, 3, padding=1)
 
-    def forward(self, z):  # (B, 4, 32, 32)
-        h = self.mid(self.conv_in(z))  # (B, 512, 32, 32)
-        for level in reversed(self.up):
-            h = level(h)  # (B, 512, 64, 64), (B, 512, 128, 128), (B, 256, 256, 256), (B, 128, ..)
-        return self.conv_out(F.silu(self.norm_out(h)))  # (B, 3, 256, 256)
+    def forward(self, z):                                          # (B, 4, 32, 32)
+        h = self.mid(self.conv_in(z))                              # (B, 512, 32, 32)
+        for level in reversed(self.up):                            # (B, 512, 64, 64)
+            h = level(h)                                           # (B, 512, 128, 128)
+                                                                   # (B, 256, 256, 256)
+                                                                   # (B, 128, 256, 256)
+        return self.conv_out(F.silu(self.norm_out(h)))             # (B, 3, 256, 256)
 
 
 class AutoencoderKL(nn.Module):
@@ -208,7 +175,7 @@ class AutoencoderKL(nn.Module):
     def encode(self, x):
         """x (B, 3, H, W) in [-1, 1] -> mean, logvar of the posterior, (B, 4, h, w) each."""
         mean, logvar = self.quant_conv(self.encoder(x)).chunk(2, dim=1)
-        return mean, logvar.clamp(-30, 20)  # the clamp of the original, so that exp() stays finite
+        return mean, logvar.clamp(-30, 20)  # the original's limits, so that exp() stays finite
 
     def decode(self, z):
         """z (B, 4, h, w), unscaled -> (B, 3, H, W), near [-1, 1] but not clamped."""
@@ -216,7 +183,7 @@ class AutoencoderKL(nn.Module):
 
 
 class VisionEncoder(nn.Module):
-    """tau: the image encoder that is trained. Encoder, then a 1x1 convolution 8 -> 4."""
+    """tau: the trained encoder of the image. An Encoder, then a 1 x 1 convolution 8 -> 4."""
 
     def __init__(self, config=VAEConfig()):
         super().__init__()
@@ -228,10 +195,10 @@ class VisionEncoder(nn.Module):
         return self.out(self.encoder(x).to(self.out.weight.dtype))
 
     @torch.no_grad()
-    def start_as(self, vae):
-        """Copy E: afterwards tau(x) is exactly the posterior mean of x.
+    def init_from(self, vae):
+        """Copy E: tau(x) is then exactly the posterior mean of x.
 
-        The mean is the first half of `quant_conv`'s output, so its rows are all that `out` needs.
+        The mean is the first half of `quant_conv`'s output, so `out` needs those rows only.
         """
         self.encoder.load_state_dict(vae.encoder.state_dict())
         n = self.out.out_channels

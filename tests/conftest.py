@@ -1,18 +1,60 @@
-"""What the tests share: golden weights made by a rule, and where real data may lie."""
+"""What the tests share: a tiny model, drawn folders, golden weights, and where real data may be."""
 
 import json
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
-from common import keep_freed_memory
+from sdseg import SDSeg, SDSegConfig
+from support.cli import keep_freed_memory
+from unet import UNetConfig
+from vae import VAEConfig
 
 keep_freed_memory()  # as every command does
+ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
+TINY = SDSegConfig(
+    "nano",
+    VAEConfig(32, (1, 1, 1, 1), 1),
+    UNetConfig("sd", 8, 4, 32, (1, 2), 1, (2,), 8, None),
+    prediction="x0",
+    image_size=32,
+)
+
+
+def tiny(**changes):
+    """A small random model, the same in every test; `changes` are fields of its config."""
+    torch.manual_seed(0)
+    return SDSeg(replace(TINY, **changes)).eval()
+
+
+def save_tiny(path, **changes):
+    """The file of a small random model that has a data set and masks of more than one class."""
+    model = tiny(**{"data": "test", **changes})
+    torch.nn.init.normal_(model.unet.out[2].weight, std=0.3)
+    model.save(path)
+    return str(path)
+
+
+def disc_folder(path, n=20, height=40, width=48):
+    """DIR/{images,masks}/: n noisy images with a bright disc each."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width]
+    for name in ("images", "masks"):
+        (path / name).mkdir(parents=True)
+    for i in range(n):
+        cy, cx = rng.integers(10, height - 10), rng.integers(10, width - 10)
+        disc = (y - cy) ** 2 + (x - cx) ** 2 < 80
+        image = rng.integers(0, 120, (height, width, 3)) + 120 * disc[..., None]
+        Image.fromarray(image.astype(np.uint8)).save(path / "images" / f"{i}.png")
+        Image.fromarray((disc * 255).astype(np.uint8)).save(path / "masks" / f"{i}.png")
+    return path
 
 
 def rule(name, shape):
@@ -39,13 +81,19 @@ def golden_weights(manifest, prefix, strip=True):
 @pytest.fixture(scope="session")
 def real_data():
     """The folder with CVC-ClinicDB and Kvasir-SEG; tests skip where there is none."""
-    for root in (Path("data"), Path("../shared/data")):
+    for root in (ROOT / "data", ROOT.parent / "shared/data"):
         if (root / "CVC-ClinicDB").is_dir():
             return root
     pytest.skip("no data/CVC-ClinicDB: the data sets are licensed and not in the repository")
 
 
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """Each test has an empty cache of its own, and leaves the user's alone."""
+    monkeypatch.setenv("SDSEG_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture
 def drawn_once(tmp_path_factory, monkeypatch):
-    """Drawn pictures are kept for the other tests that ask for this, until all are done."""
+    """Drawn images are kept for the other tests that ask for this fixture."""
     monkeypatch.setenv("SDSEG_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))

@@ -1,29 +1,36 @@
 """The numbers that describe a segmentation: by hand, by identity, and by other people's code."""
 
-import builtins
 import sys
 import types
 
 import numpy as np
 import pytest
 import torch
+from conftest import tiny
 
-from metrics import areas, dice, dice_of, iou, load_lpips, ms_ssim, psnr, ssim
+from support.metrics import (
+    benchmark_dice,
+    bootstrap_interval,
+    count_components,
+    dice,
+    dice_from_counts,
+    hd95,
+    iou_from_counts,
+    latent_std,
+    mean_dice,
+    pixel_counts,
+)
+from tools.stability import load_lpips, ms_ssim, psnr, ssim
 
 TRUTH = np.array([[0, 0, 1, 1], [0, 2, 1, 1], [2, 2, 0, 0]])
 GUESS = np.array([[0, 0, 0, 1], [2, 2, 1, 1], [2, 0, 0, 1]])
 
 
-def pictures(h=192, w=208):
-    """Two pictures in [0, 1], float64, that any program can draw again from this formula."""
-    y, x = np.mgrid[:h, :w]
-    a = 0.5 + 0.5 * np.sin(x / 7) * np.cos(y / 11)
-    b = np.clip(a + 0.1 * np.sin(x * y / 50), 0, 1)
-    return a, b
+def iou(prediction, truth, k=2):
+    return iou_from_counts(pixel_counts(prediction, truth, k))
 
 
-def batch(*arrays):
-    return [torch.from_numpy(a)[None, None] for a in arrays]
+# ---- Dice and IoU ----
 
 
 def test_dice_and_iou_by_hand():
@@ -34,18 +41,17 @@ def test_dice_and_iou_by_hand():
         np.testing.assert_array_equal(iou(guess, truth, 3), [3 / 5, 2 / 4])
 
 
-def test_empty_classes():
-    """Both empty is 1, one empty is 0, whichever of the two it is."""
+def test_empty_masks():
+    """Two empty masks score 1; one empty mask scores 0, whichever of the two it is."""
     empty, full = np.zeros((2, 3, 4), np.uint8), np.ones((2, 3, 4), np.uint8)
     for score in (dice, iou):
-        assert score(empty, empty, 2) == 1
-        assert score(empty, full, 2) == 0
-        assert score(full, empty, 2) == 0
+        assert score(empty, empty) == 1
+        assert score(empty, full) == score(full, empty) == 0
 
 
 @pytest.mark.parametrize("shape", [(40,), (9, 11), (3, 5, 7)])
 def test_dice_identities(shape):
-    """Any shape: a map equals itself, order is no matter, and Dice = 2 IoU / (1 + IoU)."""
+    """Any shape: a map equals itself, the order does not matter, and Dice = 2 IoU / (1 + IoU)."""
     rng = np.random.default_rng(0)
     a, b = rng.integers(0, 4, (2, *shape), dtype=np.uint8)
     assert (dice(a, a, 4) == 1).all() and (iou(a, a, 4) == 1).all()
@@ -53,23 +59,136 @@ def test_dice_identities(shape):
     np.testing.assert_allclose(dice(a, b, 4), 2 * iou(a, b, 4) / (1 + iou(a, b, 4)))
 
 
-def test_areas_of_slices_add_up():
-    """A volume can be scored slice by slice: the sum of areas gives the volume's Dice, exactly."""
+def test_counts_of_slices_add_up():
+    """A volume can be scored slice by slice: the summed counts give the volume's Dice exactly."""
     a, b = np.random.default_rng(1).integers(0, 3, (2, 6, 8, 9))
-    total = sum(areas(p, t, 3) for p, t in zip(a, b))
-    np.testing.assert_array_equal(dice_of(total), dice(a, b, 3))
+    total = sum(pixel_counts(p, t, 3) for p, t in zip(a, b))
+    np.testing.assert_array_equal(dice_from_counts(total), dice(a, b, 3))
 
 
 def test_dice_refuses_to_broadcast():
-    """A mask that was not brought back to its picture's size is an error, not a number."""
+    """A mask that was not resized to its image's size is an error, not a number."""
     with pytest.raises(ValueError, match="differ"):
-        dice(np.ones((1, 4)), np.ones((4, 4)), 2)
+        dice(np.ones((1, 4)), np.ones((4, 4)))
 
 
-def test_picture_identities():
-    """A picture equals itself; order is no matter; a batch is scored picture by picture."""
-    a, b = batch(*pictures())
+def test_mean_dice_leaves_out_classes_that_no_truth_holds():
+    """Class 1: Dice 6/8, and 1 where both masks are empty. Class 2 is never true: left out."""
+    counts = np.array([[[3, 4, 4], [0, 0, 0]], [[0, 0, 0], [0, 5, 0]]])
+    assert mean_dice(counts) == (6 / 8 + 1) / 2
+    assert np.isnan(mean_dice(counts[:, 1:]))
+
+
+# ---- distances and components ----
+
+
+def test_hd95_by_hand():
+    """One pixel against another: Pythagoras, in the unit of the spacing."""
+    a, b = np.zeros((2, 9, 9), bool)
+    a[1, 2] = b[4, 6] = True
+    assert hd95(a, b, (1, 1)) == 5
+    assert hd95(a, b, (2, 0.5)) == pytest.approx(np.hypot(6, 2))
+    assert hd95(a[None], b[None], (7, 1, 1)) == 5
+    assert np.isnan(hd95(a, b & False, (1, 1)))
+    # 21 pixels lie 0 to 20 away from one of them. The 95th percentile is 19; backwards it is 0.
+    line, start = np.ones((1, 21), bool), np.arange(21)[None] == 0
+    assert hd95(line, start, (1, 1)) == hd95(start, line, (1, 1)) == 19
+
+
+def test_components_by_hand():
+    """Corners connect, also in 3-D; a U is one component, though its arms meet late."""
+    u = np.array([[1, 0, 1, 0, 0], [1, 0, 1, 0, 1], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0]], bool)
+    assert count_components(u, u) == (2, 2)
+    assert count_components(u, np.eye(4, 5, dtype=bool)) == (2, 1)
+    assert count_components(u, ~u) == (2, 0)
+    cube = np.zeros((3, 3, 3), bool)
+    cube[[0, 1, 2], [0, 1, 2], [2, 1, 0]] = True
+    assert count_components(cube, cube) == (1, 1)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_distances_and_components_equal_scipy(seed):
+    """HD95 by MONAI's steps: erosion, distance transform, percentile, maximum. Components by an
+    independent labelling with 8 or 26 neighbours.
+    """
+    reason = "SciPy is not installed; the tests by hand need nothing"
+    ndimage = pytest.importorskip("scipy.ndimage", reason=reason)
+    rng, ndim = np.random.default_rng(seed), 2 + seed % 2
+    shape, spacing = rng.integers(3, 40 if ndim == 2 else 16, ndim), rng.uniform(0.5, 3, ndim)
+    a, b = (rng.random(shape) < rng.uniform(0.02, 0.6) for _ in range(2))
+    labels, n = ndimage.label(a, np.ones((3,) * ndim))
+    assert count_components(a, b) == (n, len(np.unique(labels[a & b])))
+    edges = [mask ^ ndimage.binary_erosion(mask) for mask in (a, b)]
+    to_a, to_b = (ndimage.distance_transform_edt(~edge, sampling=spacing) for edge in edges)
+    if a.any() and b.any():
+        expected = max(np.percentile(d, 95) for d in (to_b[edges[0]], to_a[edges[1]]))
+        assert hd95(a, b, spacing) == pytest.approx(expected, rel=1e-6)
+
+
+# ---- the polyp benchmark's Dice ----
+
+
+def test_benchmark_dice_by_hand():
+    """Two pixels, one true: the lowest of 256 thresholds marks both, the others the true one."""
+    scores, truth = np.array([[0.2, 0.7]]), np.array([[0, 1]])
+    assert benchmark_dice(scores, truth) == pytest.approx((2 / 3 + 255) / 256)
+    assert benchmark_dice(scores, 1 - truth) == pytest.approx((2 / 3 + 0) / 256)
+    assert benchmark_dice(scores, 0 * truth) == 0
+    assert benchmark_dice(0 * scores, truth) == pytest.approx(2 / 3 / 256)
+
+
+def test_benchmark_dice_is_a_mean_over_thresholds():
+    """The histogram gives what 256 passes over the image give."""
+    rng = np.random.default_rng(0)
+    truth = rng.random((20, 30)) < 0.3
+    scores = (0.3 + 0.4 * rng.random((20, 30)) + 0.1 * truth).astype(np.float32)
+    stretched = (scores - scores.min()) / (scores.max() - scores.min())
+    levels = np.round(255 * stretched)
+    expected = np.mean([dice(levels >= i, truth) for i in range(256)])
+    assert benchmark_dice(scores, truth) == pytest.approx(expected)
+
+
+# ---- intervals ----
+
+
+def test_bootstrap_resamples_groups():
+    """50 equal cases in a group are worth one: the interval is that of the groups' values."""
+    values = np.random.default_rng(0).normal(size=40)
+    alone = bootstrap_interval(values, np.arange(40))
+    grouped = bootstrap_interval(values.repeat(50), np.arange(40).repeat(50))
+    assert grouped == pytest.approx(alone)
+    theory = 2 * 1.96 * values.std() / 40**0.5
+    assert np.ptp(alone) == pytest.approx(theory, rel=0.1)
+    independent = bootstrap_interval(values.repeat(50), np.arange(2000))
+    assert np.ptp(independent) == pytest.approx(theory / 50**0.5, rel=0.1)
+
+
+def test_bootstrap_by_hand():
+    """Groups of 1 and 3 cases: resampled means are 1, 1/4 and 0. One group has no interval."""
+    assert bootstrap_interval([1.0, 0, 0, 0], ["a", "b", "b", "b"]) == (0, 1)
+    assert bootstrap_interval([1.0, 0.5], ["a", "a"]) == (None, None)
+
+
+# ---- repeated runs as images ----
+
+
+def images(h=192, w=208):
+    """Two images in [0, 1], float64, that any program can draw again from this formula."""
+    y, x = np.mgrid[:h, :w]
+    a = 0.5 + 0.5 * np.sin(x / 7) * np.cos(y / 11)
+    b = np.clip(a + 0.1 * np.sin(x * y / 50), 0, 1)
+    return a, b
+
+
+def batch(*arrays):
+    return [torch.from_numpy(a)[None, None] for a in arrays]
+
+
+def test_image_identities():
+    """An image equals itself; the order does not matter; a batch is scored image by image."""
+    a, b = batch(*images())
     assert psnr(a, a).item() == float("inf")
+    assert psnr(a, a + 0.1).item() == pytest.approx(20)
     both_a, both_b = torch.cat([a, b]), torch.cat([b, b])
     for score in (ssim, ms_ssim):
         assert score(a, a).item() == pytest.approx(1, abs=1e-12)
@@ -77,17 +196,12 @@ def test_picture_identities():
         torch.testing.assert_close(score(both_a, both_b), torch.cat([score(a, b), score(b, b)]))
 
 
-def test_psnr_by_hand():
-    """A constant difference of 0.1 is 20 dB."""
-    assert psnr(torch.full((1, 1, 9, 9), 0.5), torch.full((1, 1, 9, 9), 0.6)) == pytest.approx(20)
-
-
 def test_reference_values():
-    """The numbers scikit-image 0.26 (SSIM, PSNR) and pytorch-msssim 1.0 give for `pictures`.
+    """The numbers scikit-image 0.26 (SSIM, PSNR) and pytorch-msssim 1.0 give for `images`.
 
     The latter keeps its window in float32.
     """
-    a, b = batch(*pictures())
+    a, b = batch(*images())
     assert ssim(a, b).item() == pytest.approx(0.6026288303054216, abs=1e-12)
     assert psnr(a, b).item() == pytest.approx(23.22687585618492, abs=1e-9)
     assert ms_ssim(a, b).item() == pytest.approx(0.968353866, abs=1e-5)
@@ -99,47 +213,31 @@ def test_ssim_equals_scikit_image():
     reference = pytest.importorskip("skimage.metrics", reason=reason)
     options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
     for size in ((192, 208), (33, 57), (11, 11)):
-        a, b = pictures(*size)
+        a, b = images(*size)
         expected = reference.structural_similarity(a, b, data_range=1, **options)
         assert ssim(*batch(a, b)).item() == pytest.approx(expected, abs=1e-12)
         expected = reference.peak_signal_noise_ratio(a, b, data_range=1)
         assert psnr(*batch(a, b)).item() == pytest.approx(expected, abs=1e-9)
 
 
-def test_ms_ssim_near_torchmetrics():
-    """MS-SSIM agrees with an implementation that reflects the picture at its border."""
-    reason = "torchmetrics is not installed; a reference value is in test_reference_values"
-    image = pytest.importorskip("torchmetrics.functional.image", reason=reason)
-    a, b = batch(*pictures())
-    expected = image.multiscale_structural_similarity_index_measure(a, b, data_range=1.0)
-    assert ms_ssim(a, b).item() == pytest.approx(expected.item(), abs=1e-4)
-
-
-def test_ms_ssim_of_small_pictures():
+def test_ms_ssim_of_small_images():
     """Under 22 pixels one scale is left, which is SSIM; no scale fits under 11."""
-    a, b = batch(*pictures(21, 30))
+    a, b = batch(*images(21, 30))
     torch.testing.assert_close(ms_ssim(a, b), ssim(a, b))
-    assert 0 < ms_ssim(*batch(*pictures(40, 35))).item() < 1
+    assert 0 < ms_ssim(*batch(*images(40, 35))).item() < 1
     with pytest.raises(ValueError, match="11 x 11"):
-        ms_ssim(*batch(*pictures(10, 30)))
+        ms_ssim(*batch(*images(10, 30)))
 
 
 def test_lpips_absent(monkeypatch, capsys):
-    """Without the optional package one line says so, and the other numbers do not need it."""
-    real = builtins.__import__
-
-    def without(name, *rest):
-        if name == "lpips":
-            raise ModuleNotFoundError("No module named 'lpips'")
-        return real(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    """Without the optional package a line says that its rows are missing."""
+    monkeypatch.setitem(sys.modules, "lpips", None)  # an import then fails
     assert load_lpips("cpu") is None
-    assert capsys.readouterr().out.count("\n") == 1
+    assert capsys.readouterr().out.startswith("LPIPS is missing")
 
 
 def test_lpips_is_given_what_it_expects(monkeypatch):
-    """LPIPS sees three channels in [-1, 1], and a picture's channels are averaged."""
+    """LPIPS sees three channels in [-1, 1], and an image's channels are averaged."""
 
     class Network(torch.nn.Module):
         def __init__(self, net, verbose):
@@ -153,3 +251,15 @@ def test_lpips_is_given_what_it_expects(monkeypatch):
     a, b = torch.zeros(2, 2, 16, 16), torch.zeros(2, 2, 16, 16)
     b[1, 0] = 1
     assert load_lpips("cpu")(a, b).tolist() == [0, 1]
+
+
+def test_latent_std():
+    """The standard deviation of latents -1 and 1 is 1, without the scale of the model's config."""
+
+    class Masks(list):
+        def batch(self, samples):
+            return {"mask": torch.stack([self[i] for _, i in samples])}
+
+    model = tiny()
+    model.vae.encode = lambda rgb: (rgb, None)
+    assert latent_std(model, Masks([torch.tensor([[0, 1]])] * 40)) == 1

@@ -1,4 +1,4 @@
-"""The networks compute what the original ones compute, from the same named weights."""
+"""The networks compute what the original ones compute, from weights of the same names."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ import torch.nn.functional as F
 from conftest import golden, golden_weights
 
 from sdseg import widen_conv_in
+from support.fast_ops import Upsample, group_norm_by_channel
 from unet import UNet, UNetConfig
-from vae import AutoencoderKL, Upsample, VAEConfig, VisionEncoder, group_norm_by_channel
+from vae import AutoencoderKL, VAEConfig, VisionEncoder
 
 VAE_TINY = VAEConfig(32, (1, 2, 2), 1)
 SD_TINY = UNetConfig("sd", 8, 4, 32, (1, 2, 4, 4), 2, (1, 2, 4), 8, 48)
@@ -43,7 +44,7 @@ def test_vision_encoder_equals_published_conditioning():
 def test_tau_starts_as_the_posterior_mean():
     """At step 0, tau(C) is exactly what the autoencoder's encoder says the mean of C is."""
     vae, tau = AutoencoderKL(VAE_TINY), VisionEncoder(VAE_TINY)
-    tau.start_as(vae)
+    tau.init_from(vae)
     image = torch.rand(2, 3, 32, 32) * 2 - 1
     assert torch.equal(tau(image), vae.encode(image)[0])
 

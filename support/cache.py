@@ -1,0 +1,107 @@
+"""Two caches: decoded items on disk, and latents of masks in memory.
+
+Items are memory-mapped .npy files in ~/.cache/sdseg, or in the folder that SDSEG_CACHE names. Their
+names begin with a hash of all that decides what the items look like, so they are never outdated.
+Letters: B batch, N items, S pixels of a side, Z slices, h w latent.
+"""
+
+import hashlib
+import json
+import os
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from support.cli import Progress, atomic_write
+from support.folders import file_hash
+from support.images import resize_image, resize_mask
+
+VERSION = 7  # of the items; raise it when reading or resizing changes
+
+
+def fingerprint(spec, part, size):
+    """A hash of all that decides what a part's items look like, the files' bytes included."""
+    facts = [VERSION, spec.name, part, size, spec.classes, spec.label_format, spec.window]
+    for case in spec.splits[part]:
+        hashes = [file_hash(path) for path in (case.image, case.mask) if path]
+        facts.append((case.name, case.seed, hashes))
+    return hashlib.sha256(repr(facts).encode()).hexdigest()[:24]
+
+
+def load_or_decode(spec, part, size, load_case):
+    """-> fingerprint, images uint8 (N, S, S, 3), masks uint8 (N, S, S), their names, and remarks
+    on the files. load_case(case, spec, remarks) reads one case.
+    """
+    key = fingerprint(spec, part, size)
+    folder = os.environ.get("SDSEG_CACHE") or os.path.expanduser("~/.cache/sdseg")
+    if folder.startswith("~"):  # this user has no home folder
+        return key, *decode(spec, part, size, load_case)
+    files = [Path(folder, f"{key}-{kind}") for kind in ("images.npy", "masks.npy", "names.json")]
+    try:
+        images, masks = (np.load(file, mmap_mode="r") for file in files[:2])
+        names, remarks = json.loads(files[2].read_text())
+        if len(images) == len(masks) == len(names):
+            return key, images, masks, names, remarks
+    except (OSError, ValueError, EOFError, TypeError):
+        pass  # not there yet, or damaged
+    images, masks, names, remarks = decode(spec, part, size, load_case)
+    try:
+        for file, array in zip(files, (images, masks)):
+            with atomic_write(file) as temporary:
+                np.save(temporary, array)
+        with atomic_write(files[2]) as temporary:
+            temporary.write_text(json.dumps([names, remarks]))
+    except OSError:
+        pass  # an unwritable cache costs time, no more
+    return key, images, masks, names, remarks
+
+
+def decode(spec, part, size, load_case):
+    """Read and resize a part's items, one for an image, one for each slice of a volume."""
+    cases, images, masks, names, remarks = spec.splits[part], [], [], [], []
+    progress = Progress(len(cases), f"{part} files read")
+    with ThreadPoolExecutor(1 if spec.volumes else 4) as pool:  # one volume in memory
+        read = partial(decode_case, spec=spec, size=size, load_case=load_case)
+        for case, (image, mask, said) in zip(cases, pool.map(read, cases)):
+            slices = [f"{case.name}:{i:03d}" for i in range(len(image))]
+            names += slices if spec.volumes else [case.name]
+            images += image
+            masks += mask
+            remarks += said
+            progress.step()
+    return np.stack(images), np.stack(masks), names, remarks
+
+
+def decode_case(case, spec, size, load_case):
+    remarks = []
+    image, mask = load_case(case, spec, remarks)
+    if not spec.volumes:
+        image, mask = image[None], mask[None]
+    images, masks = [resize_image(x, size) for x in image], [resize_mask(x, size) for x in mask]
+    return images, masks, remarks
+
+
+class LatentCache:
+    """z_0 of masks: the autoencoder is frozen, so each mask is encoded once in each symmetry.
+
+    Masks are encoded one at a time, in float32, so a latent does not depend on the batch in which
+    it came first. At most `max_entries` are kept: 16 kB each at 256 px, 64 kB for nano.
+    """
+
+    def __init__(self, encode, max_entries=100_000):
+        self.encode, self.max_entries, self.known = encode, max_entries, {}
+
+    def __call__(self, mask, keys):
+        """mask (B, H, W), an int a mask or None -> z_0 (B, 4, h, w). None: no mask comes again."""
+        if keys is None:
+            return self.encode(mask)
+        z_0 = [self.known.get(key) for key in keys]
+        for i, key in enumerate(keys):
+            if z_0[i] is None:
+                z_0[i] = self.encode(mask[i : i + 1])
+                if len(self.known) < self.max_entries:
+                    self.known[key] = z_0[i]
+        return torch.cat(z_0)

@@ -1,0 +1,106 @@
+"""Devices, number formats, processes and compilation."""
+
+import contextlib
+import platform
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from support.cli import UserError, one_line, rank_and_world_size
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def find_device(name=None):
+    """The device `name`, or the first of cuda, mps and cpu. Raises UserError if it is not there."""
+    if name is None:
+        mps = torch.backends.mps.is_available()
+        name = "cuda" if torch.cuda.is_available() else "mps" if mps else "cpu"
+    try:
+        if torch.device(name).type not in ("cuda", "mps", "cpu"):
+            raise RuntimeError("neither cuda nor mps nor cpu")
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {one_line(error)[:100]}; try --device cpu") from None
+
+
+def has_fast_bf16(device):
+    """Does the device multiply bfloat16 in hardware?"""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    native = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+    return device.type == "cpu" and native()
+
+
+def choose_dtype(device, precision):
+    """The dtype for "fp32", "bf16", "fp16", or "auto": the fastest that keeps the masks.
+
+    "auto" is bfloat16 where the hardware has it, else float16 on a GPU, else float32.
+    """
+    if precision == "auto":
+        slow = "fp16" if device.type == "cuda" else "fp32"
+        precision = "bf16" if has_fast_bf16(device) else slow
+    return DTYPES[precision]
+
+
+def place_for_inference(model, device, precision, keep_float32):
+    """Move a model to a device and a precision; the modules in `keep_float32` stay float32."""
+    model.to(device=device, memory_format=torch.channels_last)
+    for part in (model.vae, model.unet, model.tau):
+        part.to(choose_dtype(torch.device(device), precision))
+    for part in keep_float32:
+        part.float()
+    return model
+
+
+def compile_networks(model, **options):
+    """Hand tau, the U-Net and the decoder to torch.compile, with its options, in place.
+
+    The first calls with a new batch size then take minutes and need a C++ compiler.
+    mode="reduce-overhead" makes a CUDA graph of each network, which shortens the latency.
+    """
+    for part in (model.tau, model.unet, model.vae.decoder):
+        part.compile(fullgraph=True, **options)
+
+
+def init_distributed():
+    """Join the other processes of torchrun, if there are any -> rank, world size, device."""
+    rank, world_size, local_rank = rank_and_world_size()
+    device = find_device(f"cuda:{local_rank}" if torch.cuda.is_available() else None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if world_size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # DDP warns about strides of 1 x 1 convolutions, where a side of 1 may have any stride.
+        warnings.filterwarnings("ignore", "Grad strides do not match")
+    return rank, world_size, device
+
+
+def synchronize(device):
+    """Wait until the device has done its work."""
+    if device.type in ("cuda", "mps"):
+        getattr(torch, device.type).synchronize()
+
+
+def peak_memory(device):
+    """Peak memory so far in MiB: of tensors on a GPU, of the whole process on a CPU; or None."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if platform.system() == "Darwin" else 2**10)
+
+
+def device_name(device):
+    """What the hardware calls itself: the GPU's or the processor's name."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with contextlib.suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    return platform.processor() or platform.machine()

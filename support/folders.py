@@ -1,0 +1,414 @@
+"""Folders of images and masks: which files belong together, who is in which part, what masks mean.
+
+The rule for masks: where the values do not say plainly what they mean, the file is refused, with
+its values and the way out. Splits of a user's own folder depend on the images alone.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+import unicodedata
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from support import images, volumes
+from support.cli import Progress, UserError, print0
+
+PARTS = ("train", "val", "test")
+MAX_CLASSES = 14  # background included; `sdseg.class_colours` keeps as many colours apart
+TWO_CLASSES = ("background", "foreground")
+ENDINGS = (*images.IMAGE_ENDINGS, *volumes.VOLUME_ENDINGS)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One image or one volume with its mask."""
+
+    name: str  # its path below the images' folder, without the ending
+    image: Path | None = None
+    mask: Path | None = None
+    seed: int | None = None  # of a drawn image, which has no files
+    group: str = ""  # the same for all cases of one video, one patient or one volume
+
+
+@dataclass(frozen=True)
+class DatasetSpec:
+    """A data set: its cases by part, its classes, and how its files are read."""
+
+    name: str
+    splits: dict  # "train", "val", "test" -> tuple of Case
+    classes: tuple = TWO_CLASSES  # the class id is the index
+    label_format: str = "binary"  # how mask values become class ids, see `class_ids`
+    window: tuple | None = None  # (low, high) intensities of volumes; None: each volume's own
+    volumes: bool = False
+    palette: dict = field(default_factory=dict)  # class id -> colour, where masks have a palette
+    not_read: str = ""  # files of other kinds in its folders, counted
+
+
+# ---- files ----
+
+
+def file_stem(path):
+    """The file's name without its ending: scan.nii.gz -> scan."""
+    name = Path(path).name
+    endings = (e for e in volumes.VOLUME_ENDINGS if name.lower().endswith(e))
+    return name[: len(name) - len(next(endings, Path(name).suffix))]
+
+
+def natural_sort_key(name):
+    """img2 comes before img10."""
+    return [(0, int(p)) if i % 2 else (1, p) for i, p in enumerate(re.split(r"(\d+)", name))]
+
+
+def walk(folder):
+    """-> the readable files below a folder, sorted, and the others. Hidden files are left out.
+
+    Links to folders are followed. No folder is entered twice, so a circle of links ends.
+    """
+    entered, readable, others = set(), [], []
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        if os.path.realpath(where) in entered:
+            folders.clear()
+            continue
+        entered.add(os.path.realpath(where))
+        for name in sorted(names):
+            if not name.startswith(".") and name != "Thumbs.db":
+                found = readable if name.lower().endswith(ENDINGS) else others
+                found.append(Path(where, name))
+    return readable, others
+
+
+def count_kinds(paths):
+    """Files that are not read, by kind: "not read: 3 .txt, 1 .xlsx"; "" for none."""
+    kinds = Counter(path.suffix.lower() or "without an ending" for path in paths)
+    text = ", ".join(f"{n} {kind}" for kind, n in sorted(kinds.items()))
+    note = f" ({images.CONVERT})" if any(map(images.is_other_volume, paths)) else ""
+    return f"not read: {text}{note}" if text else ""
+
+
+def find_inputs(paths, skip=()):
+    """Yield (source, folder) for files and folders; folder is relative to the one that was given.
+
+    A file that is given is taken whatever its ending. In folders, names that end with one of
+    `skip` are left out, and a printed line counts the files of other kinds. Raises UserError for a
+    folder without an image or a volume.
+    """
+    for path in map(Path, paths):
+        if not path.is_dir():
+            yield path, Path()
+            continue
+        readable, others = walk(path)
+        sources = [source for source in readable if not source.name.endswith(tuple(skip))]
+        if not sources:
+            raise UserError(f"{path}: no image and no volume in it ({', '.join(ENDINGS)}); "
+                            f"{count_kinds(others) or 'it is empty'}")  # fmt: skip
+        if others:
+            print0(f"{path}: {count_kinds(others)}")
+        yield from ((source, source.parent.relative_to(path)) for source in sources)
+
+
+@functools.cache
+def hash_file(path, changed):
+    """SHA-256 of a file. `changed`, the time of its last change, makes a changed file a new one."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_hash(path):
+    return hash_file(path, os.stat(path).st_mtime_ns)
+
+
+def text_hash(text):
+    return hashlib.sha256(text.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def image_hashes(cases):
+    """16 hex digits a case: of SHA-256 of its image's bytes, or of a drawn image's seed."""
+    hashes = (file_hash(c.image) if c.image else text_hash(f"demo {c.seed}") for c in cases)
+    return tuple(digits[:16] for digits in hashes)
+
+
+# ---- pairs ----
+
+
+def nfc(name):
+    """macOS stores an accent as a character of its own, other systems as a part of the letter."""
+    return unicodedata.normalize("NFC", name)
+
+
+def files_by_name(folder):
+    """{name: path} of the readable files below a folder. Raises UserError for equal names."""
+    paths = {}
+    for path in walk(folder)[0]:
+        name = nfc(path.relative_to(folder).with_name(file_stem(path)).as_posix())
+        if name in paths:
+            raise UserError(f"{path}: {paths[name].name} has the same name; keep one of them")
+        paths[name] = path
+    return paths
+
+
+def find_folders(root, layouts, title, hint=""):
+    """The first of several layouts, pairs of folders, that exists. Raises UserError naming all."""
+    for pair in layouts:
+        if all((root / folder).is_dir() for folder in pair):
+            return [root / folder for folder in pair]
+    expected = " or ".join(f"{a} + {b}" for a, b in layouts)
+    raise UserError(f"{root}: no {title} in it; expected {expected}{hint}")
+
+
+def pairs(image_folder, mask_folder, image_name=str):
+    """The cases of two folders, by name, in natural order. `image_name` turns a mask's name into
+    its image's. Raises UserError that names a file without its partner.
+    """
+    left = files_by_name(image_folder)
+    right = {image_name(name): path for name, path in files_by_name(mask_folder).items()}
+    lone = left.keys() - right.keys(), right.keys() - left.keys()
+    for names, folder in zip(lone, (mask_folder, image_folder)):
+        if names:
+            first, more = min(names, key=natural_sort_key), len(names) - 1
+            raise UserError(f"{folder}: no file for {first}{f' and {more} more' if more else ''}; "
+                            f"every image needs its mask{suffix_note(*lone)}")  # fmt: skip
+    if not left:
+        raise UserError(f"{image_folder}: no image in it ({', '.join(ENDINGS)}); "
+                        f"{count_kinds(walk(image_folder)[1]) or 'it is empty'}")  # fmt: skip
+    return [Case(n, left[n], right[n], group=n) for n in sorted(left, key=natural_sort_key)]
+
+
+def suffix_note(lone_images, lone_masks):
+    """What to do where names without a partner differ by a suffix, such as _mask or _0000."""
+    sides = ("masks", lone_masks, lone_images), ("images", lone_images, lone_masks)
+    for kind, longer, shorter in sides:
+        for name in sorted(longer):
+            for separator in re.finditer(r"[^A-Za-z0-9]", name):
+                if name[: separator.start()] in shorter:
+                    return f"; the {kind}' names end in {name[separator.start() :]}: rename them"
+    return ""
+
+
+def read_pair(case, window, remarks):
+    """-> image uint8 (H, W, 3) and its Mask (H, W); of a volume (Z, H, W, 3) and (Z, H, W).
+
+    What may be wrong without being an error is appended to `remarks`. Raises UserError.
+    """
+    mask, mask_geometry = load_mask(case)
+    if mask_geometry:
+        volume, geometry = volumes.read_volume(case.image)
+        image = volumes.slices_to_uint8(volume, window)
+        mask = mask._replace(values=volumes.slices_of(mask.values))
+        remark = volumes.compare_grids(geometry, mask_geometry, case.mask)
+    else:
+        image = images.read_image(case.image)
+        remark = images.compare_exif(case.image, case.mask)
+    if remark:
+        remarks.append(f"{case.name}: {remark}")
+    if image.shape[:-1] != mask.values.shape:
+        note = f" ({remark})" if remark else ""
+        raise UserError(f"{case.mask}: a mask of {mask.values.shape}, but {case.image.name} is "
+                        f"{image.shape[:-1]}; they must match{note}")  # fmt: skip
+    return image, mask
+
+
+# ---- what mask values mean ----
+
+
+def load_mask(case):
+    """-> Mask of an image or of a volume, and the volume's Geometry or None. Raises UserError."""
+    if volumes.is_volume(case.mask):
+        values, geometry = volumes.read_volume(case.mask, labels=True)
+        return images.Mask(values, {}, False), geometry
+    return images.read_mask(case.mask), None
+
+
+def class_ids(mask, spec, path):
+    """Mask -> uint8 class ids. Raises UserError for values that do not belong to the data set.
+
+    `label_format`: "binary" is black and white, "nonzero" makes one class of all values above 0,
+    "cup" takes 0 as the optic cup, "ids" are the class ids themselves.
+    """
+    if spec.label_format == "nonzero":
+        return (mask.values > 0).astype(np.uint8)
+    if spec.label_format == "cup":
+        return (mask.values < 64).astype(np.uint8)
+    if spec.label_format == "binary":
+        check_black_and_white(mask, path)
+        return (mask.values > 127).astype(np.uint8)
+    check_palette(mask, spec.palette, path)
+    if mask.lossy or mask.values.max() >= len(spec.classes):
+        raise UserError(f"{path}: mask values {images.format_values(mask.values)}; wanted are the "
+                        f"class ids 0 to {len(spec.classes) - 1}, saved as PNG")  # fmt: skip
+    return mask.values
+
+
+def check_black_and_white(mask, path):
+    """Raises UserError unless a mask is black and white, with other greys at its edges only."""
+    seen = distinct(mask.values)
+    others, top = [v for v in seen if v not in (0, 255)], seen[-1]
+    ids = not mask.lossy and others and max(others) < MAX_CLASSES  # alone, or beside 255
+    black = top == 0 or mask.lossy and len(seen) == 1 and top <= 3  # JPEG may round 0 to 1
+    if ids or (top <= 127 and not black) or images.has_flat_grey(mask.values):
+        raise UserError(f"{path}: mask values {images.format_values(seen)}; wanted is black and "
+                        "white, with greys at the edges only, or PNG with the class ids 0, 1, 2 "
+                        f"and so on up to {MAX_CLASSES - 1}")  # fmt: skip
+
+
+def check_palette(mask, palette, path):
+    """Raises UserError where a mask's palette gives a class id another colour than `palette`."""
+    for i, colour in mask.palette.items():
+        if palette.get(i, colour) != colour:
+            raise UserError(f"{path}: class id {i} is {colour} in its palette, {palette[i]} in "
+                            "other masks; use one palette")  # fmt: skip
+
+
+def distinct(values):
+    """The different values of a uint8 array, sorted."""
+    return np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist()
+
+
+def find_label_format(cases, names):
+    """-> label_format, class names, palette: what all training masks together say.
+
+    `names` are those of classes.json, or None. Raises UserError where the values are not plain.
+    """
+    values, palette, lossy, problem = {0}, {}, False, None
+    progress = Progress(len(cases), "training masks read")
+    for case in cases:
+        mask, _ = load_mask(case)
+        check_palette(mask, palette, case.mask)
+        values.update(distinct(mask.values))
+        palette.update(mask.palette)
+        lossy |= mask.lossy
+        try:
+            check_black_and_white(mask, case.mask)
+        except UserError as error:
+            problem = problem or error
+        progress.step()
+    top = max(values)
+    if (lossy or top >= MAX_CLASSES) and (names is None or len(names) == 2):
+        if problem:
+            raise problem
+        return "binary", names or TWO_CLASSES, {}
+    unused = sorted(set(range(top)) - values)
+    if unused and not names:
+        raise UserError(f"{cases[0].mask.parent}: no training mask holds class id {unused[0]}; "
+                        "number the classes without gaps, or name all of them in classes.json"
+                        )  # fmt: skip
+    several = ("background", *(f"class {i}" for i in range(1, top + 1)))
+    return "ids", names or (several if top > 1 else TWO_CLASSES), palette
+
+
+# ---- a folder of one's own ----
+
+
+def find_own(folder):
+    """DIR/{images,masks}/ or imagesTr and labelsTr, with DIR/split.json, classes.json and
+    groups.json where they exist -> DatasetSpec. Raises UserError.
+    """
+    folders = find_folders(folder, [("images", "masks"), ("imagesTr", "labelsTr")], "data set")
+    cases = pairs(*folders)
+    kinds = {volumes.is_volume(path): path for case in cases for path in (case.image, case.mask)}
+    if len(kinds) > 1:
+        raise UserError(f"{kinds[True]}: a volume, {kinds[False]} is an image; keep them apart")
+    cases = read_groups(folder / "groups.json", cases)
+    splits = read_split(folder / "split.json", cases) or split_by_hash(cases, folder)
+    names = read_classes(folder / "classes.json")
+    label_format, classes, palette = find_label_format(splits["train"], names)
+    not_read = count_kinds([path for where in folders for path in walk(where)[1]])
+    return DatasetSpec(folder.resolve().name, splits, classes, label_format, None, True in kinds,
+                       palette, not_read)  # fmt: skip
+
+
+def read_json(path, is_valid, needs):
+    """-> what a file holds, or None where there is no file. Raises UserError."""
+    try:
+        if path.stat().st_size > 10_000_000:
+            raise UserError(f"{path}: larger than 10 MB; it should be a short list of names")
+        value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors add a mark
+        if is_valid(value):
+            return value
+    except FileNotFoundError:
+        return None
+    except (ValueError, RecursionError):
+        raise UserError(f"{path}: not valid JSON; needs {needs}") from None
+    raise UserError(f"{path}: needs {needs}")
+
+
+def are_names(value):
+    return isinstance(value, list) and all(isinstance(n, str) and n.strip() for n in value)
+
+
+def read_classes(path):
+    """classes.json: a list of names, background first -> tuple, or None without a file."""
+    names = read_json(path, lambda names: are_names(names) and "".join(names).isprintable()
+                      and 2 <= len(names) == len(set(names)) <= MAX_CLASSES,
+                      f"a list of 2 to {MAX_CLASSES} different names, the background first",
+                      )  # fmt: skip
+    return names and tuple(names)
+
+
+def read_groups(path, cases):
+    """groups.json {"name": "group"}: the cases with their groups; unchanged without a file."""
+    groups = read_json(path, lambda groups: isinstance(groups, dict), '{"image name": "group", ..}')
+    if groups is None:
+        return cases
+    groups = {nfc(name): str(group) for name, group in groups.items()}
+    check_names(path, list(groups), cases)
+    missing = [case.name for case in cases if case.name not in groups]
+    if missing:
+        raise UserError(f"{path}: names no group for {missing[0]}; {len(missing)} are missing")
+    return [replace(case, group=groups[case.name]) for case in cases]
+
+
+def read_split(path, cases):
+    """split.json {"train": [names], "val": [..], "test": [..]} -> splits; None without a file."""
+    parts = read_json(path, lambda parts: isinstance(parts, dict)
+                      and all(are_names(parts.get(part)) and parts[part] for part in PARTS),
+                      '{"train": [..], "val": [..], "test": [..]}, none empty')  # fmt: skip
+    if parts is None:
+        return None
+    listed = [(nfc(name), part) for part in PARTS for name in parts[part]]
+    check_names(path, [name for name, _ in listed], cases)
+    named, part_of = {case.name: case for case in cases}, {}
+    for name, part in listed:
+        group = named[name].group
+        if part_of.setdefault(group, part) != part:
+            raise UserError(f"{path}: the group {group} is in {part_of[group]} and in {part}")
+    return {part: tuple(named[n] for n, p in listed if p == part) for part in PARTS}
+
+
+def check_names(path, names, cases):
+    """Raises UserError for names in a JSON file that no case has, or that come twice."""
+    known = {case.name for case in cases}
+    for name, times in Counter(names).items():
+        if name not in known:
+            raise UserError(f"{path}: {name!r:.80} is not the name of an image in {path.parent}")
+        if times > 1:
+            raise UserError(f"{path}: {name} is listed twice")
+
+
+def split_by_hash(cases, where):
+    """About 80 / 10 / 10 by a hash of the image's bytes, or of the group's name -> splits.
+
+    The k lowest hashes are the test part, the k highest the validation part; k is the number of
+    low hashes or of high ones, whichever is smaller. So a file that comes or goes moves at most one
+    other: at its own end, or at the other end if k changes. (It may be two if no hash lies in
+    between, as in about one of 1,000 sets of four.) Equal images stay together. Raises UserError.
+    """
+    grouped = any(case.group != case.name for case in cases)
+    hashes = [text_hash(c.group)[:16] for c in cases] if grouped else image_hashes(cases)
+    order = sorted(set(hashes))
+    if len(order) < 3:
+        raise UserError(f"{where}: {len(order)} different {'groups' if grouped else 'images'}; "
+                        "training, validation and test need 3 or more")  # fmt: skip
+    fractions = [int(h, 16) / 2**64 for h in order]
+    # 12 %, because the smaller of the two numbers then is about a tenth
+    low, high = sum(u < 0.12 for u in fractions), sum(u >= 0.88 for u in fractions)
+    k = max(1, min(low, high, (len(order) - 1) // 2))  # at least one is left to train on
+    part_of = dict.fromkeys(order[:k], "test") | dict.fromkeys(order[-k:], "val")
+    parts = [part_of.get(h, "train") for h in hashes]
+    return {part: tuple(c for c, p in zip(cases, parts) if p == part) for part in PARTS}

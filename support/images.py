@@ -1,0 +1,241 @@
+"""Images and masks of images: reading, resizing, writing. No file is trusted.
+
+Images are uint8 (H, W, 3). A mask file is decoded to one uint8 value a pixel; what the values mean
+is decided in `folders.py`. Whatever a decoder raises becomes a UserError that names the file.
+"""
+
+import contextlib
+import os
+import sys
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from support.cli import UserError, atomic_write, one_line
+
+IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
+FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # nothing else is opened under any name
+LOSSLESS = ("PNG", "BMP", "TIFF", "GIF")
+MAX_PIXELS = 100_000_000  # 10,000 x 10,000
+EXIF_ORIENTATION = 0x0112
+OTHER_VOLUMES = (".dcm", ".ima", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr", ".img")
+CONVERT = "volumes are read as NIfTI; convert it, for example with dcm2niix"
+Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked first, and its message says what to do
+
+
+def is_other_volume(path):
+    """Whether a file is a volume of another kind than NIfTI. DICOM often has no ending."""
+    if str(path).lower().endswith(OTHER_VOLUMES):
+        return True
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return file.read(132)[128:] == b"DICM"
+    return False
+
+
+def why_unreadable(path, kind, error):
+    """What to tell the user about an exception that reading `path` has raised."""
+    if isinstance(error, OSError) and error.errno:
+        return f"{path}: {error.strerror}"
+    if os.path.getsize(path) == 0:
+        return f"{path}: empty file"
+    if is_other_volume(path):
+        return f"{path}: {CONVERT}"
+    return f"{path}: not a readable {kind} ({one_line(error)[:120]})"
+
+
+def open_image(path):
+    """A decoded PIL image: the first frame, upright. Raises UserError."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            width, height = image.size
+            if width * height > MAX_PIXELS:
+                raise UserError(f"{path}: {width} x {height} pixels; at most 100 million are read")
+            if getattr(image, "n_frames", 1) > 1:
+                print(f"{path}: {image.n_frames} frames; the first is used", file=sys.stderr)
+                image.seek(0)
+            image.load()
+            upright = ImageOps.exif_transpose(image)
+            upright.format = image.format
+            return upright
+    except UserError:
+        raise
+    except Exception as error:  # damaged files make Pillow raise many kinds of exceptions
+        raise UserError(why_unreadable(path, "image", error)) from None
+
+
+def compare_exif(image, mask):
+    """Two image files -> None, or what to know where EXIF turns only one of them."""
+    turned = []
+    for path in (image, mask):
+        with Image.open(path, formats=FORMATS) as file:
+            turned.append(file.getexif().get(EXIF_ORIENTATION, 1))
+    if turned[0] == turned[1]:
+        return None
+    return f"EXIF orientation is {turned[0]} in the image, {turned[1]} in its mask; one is turned"
+
+
+# ---- images ----
+
+
+def finite(values, path):
+    """NaN and infinities become the nearest finite extreme, NaN the lowest. Raises UserError."""
+    good = np.isfinite(values)
+    if good.all():
+        return values
+    if not good.any():
+        raise UserError(f"{path}: no value is finite")
+    low, high = values[good].min(), values[good].max()
+    return np.nan_to_num(values, nan=low, neginf=low, posinf=high)
+
+
+def intensity_window(values):
+    """(low, high): the 0.5 and 99.5 percentiles, so that one burnt-in mark decides nothing."""
+    sample = values.ravel()[:: max(1, values.size // 1_000_000)]
+    return np.percentile(sample, [0.5, 99.5]).tolist()
+
+
+def window_to_uint8(values, window):
+    """Intensities -> uint8: low becomes 0, high 255, what lies outside is cut."""
+    low, high = window
+    scale = 255 / max(high - low, 1e-9)
+    return ((values - low) * scale).round().clip(0, 255).astype(np.uint8)
+
+
+def read_image(path):
+    """Any image -> uint8 (H, W, 3). Raises UserError.
+
+    Grey of more than 8 bits goes through its `intensity_window`. Of colours of more than 8 bits
+    Pillow keeps the upper 8. Transparent pixels are laid on black.
+    """
+    image = open_image(path)
+    if image.mode.startswith(("I", "F")):
+        values = finite(np.asarray(image, dtype=np.float32), path)
+        grey = window_to_uint8(values, intensity_window(values))
+        return np.repeat(grey[..., None], 3, axis=2)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
+    return np.asarray(image.convert("RGB"))
+
+
+# ---- masks ----
+
+
+class Mask(NamedTuple):
+    """A mask file, decoded."""
+
+    values: np.ndarray  # uint8, (H, W) of an image, (X, Y, Z) of a volume
+    palette: dict  # the colour of each class id, where the values index a coloured palette
+    lossy: bool  # JPEG or WebP, which change values
+
+
+def format_values(values):
+    """The different values in words, at most 16 of them."""
+    different = np.unique(values)
+    return ", ".join(f"{v:g}" for v in different[:16]) + (", .." if len(different) > 16 else "")
+
+
+def whole_numbers(values, path):
+    """Label values -> uint8. NaN is background, 0.9999 is 1. Raises UserError for other values."""
+    values = np.where(np.isnan(values), 0, values)
+    whole = np.rint(values)
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        near = np.abs(values - whole) <= 1e-3
+    if not near.all() or whole.min() < 0 or whole.max() > 255:
+        raise UserError(f"{path}: mask values {format_values(values)}; class ids are whole numbers "
+                        "from 0 to 255")  # fmt: skip
+    return whole.astype(np.uint8)
+
+
+def read_mask(path):
+    """An image of class ids, or in black and white -> Mask. Raises UserError.
+
+    A palette that holds a colour gives class ids: its indices. Where the alpha channel cuts out a
+    shape of a single colour or of black, the shape is 255; otherwise what is transparent is 0.
+    """
+    image = open_image(path)
+    lossy = image.format not in LOSSLESS or image.info.get("compression") in ("jpeg", "webp")
+    if image.mode.startswith(("I", "F")):
+        return Mask(whole_numbers(np.asarray(image), path), {}, lossy)
+    visible = visible_pixels(image)
+    palette = palette_colours(image, path) if image.mode == "P" else {}
+    values = np.asarray(image) if palette else one_channel(image, visible, lossy, path)
+    if not visible.all():
+        values = visible * (values if values[visible].any() else np.uint8(255))
+    return Mask(values, palette, lossy)
+
+
+def visible_pixels(image):
+    """bool (H, W): where alpha is above half of its maximum; everywhere where it is constant."""
+    if image.has_transparency_data:
+        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+        if alpha.min() < alpha.max():
+            return alpha > alpha.max() / 2
+    return np.ones(image.size[::-1], bool)
+
+
+def one_channel(image, visible, lossy, path):
+    """A grey image -> its values; all 0 where the visible pixels are one colour on transparency.
+
+    Raises UserError for colours. JPEG rounds grey to colours that are up to 8 apart.
+    """
+    rgb, apart = np.asarray(image.convert("RGB")), 8 if lossy else 0
+    red, green, blue = (rgb[..., i][visible].astype(np.int16) for i in range(3))
+    if max(abs(red - green).max(), abs(red - blue).max()) <= apart:
+        return rgb[..., 0]
+    if not visible.all() and max(map(np.ptp, (red, green, blue))) <= apart:
+        return np.zeros_like(rgb[..., 0])
+    raise UserError(f"{path}: a mask in colours; save it as PNG with a grey value for each class: "
+                    "0, 1, 2 and so on")  # fmt: skip
+
+
+def palette_colours(image, path):
+    """{index: (r, g, b)} of the indices in use; {} if the palette is grey. Raises UserError."""
+    numbers = image.getpalette("RGB")
+    colours = dict(enumerate(zip(numbers[::3], numbers[1::3], numbers[2::3])))
+    indices = {index for _, index in image.getcolors()}
+    if indices <= colours.keys() and all(r == g == b for r, g, b in colours.values()):
+        return {}
+    used = {i: colours.get(i, (0, 0, 0)) for i in sorted(indices | {0})}
+    if used[0] != (0, 0, 0) or len(set(used.values())) < len(used):
+        raise UserError(f"{path}: a palette that does not number the classes: index 0 must be "
+                        "black, and each other class needs its own colour; or save the mask as "
+                        "PNG with the grey values 0, 1, 2 and so on")  # fmt: skip
+    return used
+
+
+def has_flat_grey(values):
+    """Whether 3 x 3 pixels somewhere are about the same grey, neither near black nor near white.
+
+    A third class has such places. Smooth edges are steeper, and what JPEG adds to black and white
+    is darker or lighter: on real masks of all JPEG qualities from 50 up this never fires.
+    """
+    if not ((values >= 14) & (values <= 241)).any():
+        return False
+    rows = Image.fromarray(values.reshape(-1, values.shape[-1]))  # a volume: slice below slice
+    filters = ImageFilter.MinFilter(3), ImageFilter.MaxFilter(3)
+    low, high = (np.asarray(rows.filter(f)).astype(np.int16) for f in filters)
+    return bool(((low >= 14) & (high <= 241) & (high - low <= 24)).any())
+
+
+# ---- sizes and files ----
+
+
+def resize_image(image, size):
+    """uint8 (H, W, 3) -> (size, size, 3), antialiased; the aspect ratio is not kept."""
+    return np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC))
+
+
+def resize_mask(ids, size):
+    """uint8 (H, W) class ids -> (size, size): the class that covers most of each new pixel."""
+    classes = np.unique(ids)
+    masks = (Image.fromarray((ids == c) * np.uint8(255)) for c in classes)
+    shares = [np.asarray(m.resize((size, size), Image.Resampling.BOX)) for m in masks]
+    return classes[np.argmax(shares, axis=0)].astype(np.uint8)
+
+
+def write_image(path, array):
+    """uint8 (H, W) or (H, W, 3) -> a PNG. The ending of `path` does not matter."""
+    with atomic_write(path) as temporary:
+        Image.fromarray(array).save(temporary, format="png")

@@ -1,0 +1,202 @@
+"""How alike a prediction and the truth are, how sure their mean is, and what an autoencoder keeps.
+
+Dice, IoU, the Hausdorff distance and component counts compare class ids or masks of an image or a
+volume; any number of dimensions unless a docstring says otherwise. Letters: k or K classes, N
+cases, |P| and |T| the pixels of a class in prediction and truth.
+"""
+
+import numpy as np
+import torch
+
+from support.cli import Progress
+
+# ---- a prediction against the truth ----
+
+
+def pixel_counts(prediction, truth, k=2):
+    """Pixels in both, in the prediction, in the truth -> (k - 1, 3) int64, for classes 1..k-1.
+
+    Two maps of class ids of one shape, both numpy or both torch. The counts of a volume are the
+    sums of those of its slices. Raises ValueError if the shapes differ.
+    """
+    if prediction.shape != truth.shape:
+        raise ValueError(f"shapes {tuple(prediction.shape)} and {tuple(truth.shape)} differ")
+    masks = [(prediction == c, truth == c) for c in range(1, k)]
+    return np.array([[int((p & t).sum()), int(p.sum()), int(t.sum())] for p, t in masks])
+
+
+def dice_from_counts(counts):
+    """Dice, 2 |P and T| / (|P| + |T|), of counts (.., 3) -> (..) float64 in [0, 1].
+
+    Both masks empty: 1. One mask empty: 0.
+    """
+    both, p, t = np.moveaxis(counts, -1, 0)
+    return np.where(p + t, 2 * both / np.maximum(p + t, 1), 1.0)
+
+
+def iou_from_counts(counts):
+    """IoU (Jaccard index), |P and T| / |P or T|, of counts (.., 3), like `dice_from_counts`."""
+    both, p, t = np.moveaxis(counts, -1, 0)
+    return np.where(p + t, both / np.maximum(p + t - both, 1), 1.0)
+
+
+def dice(prediction, truth, k=2):
+    """Dice of the classes 1..k-1 of two maps of class ids -> (k - 1,) float64."""
+    return dice_from_counts(pixel_counts(prediction, truth, k))
+
+
+def mean_dice(counts):
+    """Counts (N, k - 1, 3) of N cases -> mean Dice over the cases and the classes; a float.
+
+    A class that no truth holds is left out, because two empty masks would score 1 each time.
+    nan if no class is left.
+    """
+    held = counts[..., 2].any(0)
+    return float(dice_from_counts(counts[:, held]).mean()) if held.any() else float("nan")
+
+
+def crop_to_both(a, b):
+    """Two bool arrays -> the parts of them in the smallest box that holds the pixels of both."""
+    indices = np.nonzero(a | b)
+    box = tuple(slice(i.min(), i.max() + 1) if len(i) else slice(0) for i in indices)
+    return a[box], b[box]
+
+
+def hd95(prediction, truth, spacing):
+    """95th percentile of the distances between two surfaces, in the unit of `spacing`; a float.
+
+    Two bool arrays, 2-D or 3-D; `spacing` is the size of a pixel along each axis. nan if a mask is
+    empty. The larger of the two directed percentiles, exact, as MONAI's
+    compute_hausdorff_distance(percentile=95); medpy's hd95 pools both directions first. The time
+    grows with the arrays, so crop them first.
+    """
+    if not (prediction.any() and truth.any()):
+        return float("nan")
+    p, t = surface(prediction), surface(truth)
+    distances = nearest_distances(p, t, spacing), nearest_distances(t, p, spacing)
+    return max(float(np.percentile(d, 95)) for d in distances)
+
+
+def surface(mask):
+    """The pixels of a mask that have a neighbour along an axis outside of it, or of the array."""
+    padded, core, inner = np.pad(mask, 1), (slice(1, -1),) * mask.ndim, mask
+    for axis in range(mask.ndim):
+        for shift in (-1, 1):
+            inner = inner & np.roll(padded, shift, axis)[core]
+    return mask & ~inner
+
+
+def nearest_distances(a, b, spacing):
+    """The distance of each pixel in `a` to the nearest in `b` -> (N,) float32. b is not empty.
+
+    The squared distance is a sum over the axes, so its minimum is found axis by axis.
+    """
+    *z_of_volume, y, x = [s * np.arange(n, dtype=np.float32) for s, n in zip(spacing, b.shape)]
+    # 1. Along x: the nearest pixel of b on the same line lies before or after
+    before = np.maximum.accumulate(np.where(b, x, -np.inf), -1)
+    after = np.minimum.accumulate(np.where(b, x, np.inf)[..., ::-1], -1)[..., ::-1]
+    square = np.minimum(x - before, after - x) ** 2
+    # 2. Along z, in a volume: the best of all slices
+    for z in z_of_volume:
+        square = np.stack([(square + ((z - at) ** 2)[:, None, None]).min(0) for at in z])
+    # 3. Along y, for the pixels of a only: further and further until nothing can be nearer
+    *slices, rows, columns = np.nonzero(a)
+    nearest, offset = square[a], 1
+    while offset < len(y) and (offset * spacing[-2]) ** 2 < nearest.max():
+        for other in (rows - offset, rows + offset):
+            other = other.clip(0, len(y) - 1)
+            found = square[(*slices, other, columns)] + (y[other] - y[rows]) ** 2
+            nearest = np.minimum(nearest, found)
+        offset += 1
+    return np.sqrt(nearest)
+
+
+def count_components(mask, other):
+    """-> the number of connected components of `mask`, the number that `other` overlaps.
+
+    Two bool arrays. Pixels are connected if they touch, corners included: 8 neighbours in 2-D, 26
+    in 3-D. Runs of pixels along the last axis are numbered, then the numbers of touching runs are
+    merged (union-find).
+    """
+    padded = np.pad(mask, 1)
+    first = padded & ~np.roll(padded, 1, -1)  # the first pixel of each run
+    runs = np.cumsum(first).reshape(padded.shape) * padded
+    flat, starts = runs.ravel(), np.flatnonzero(first)
+    # Of two runs that touch, one starts beside a pixel of the other
+    strides = np.array(runs.strides) // runs.itemsize
+    neighbours = strides @ (np.indices((3,) * mask.ndim).reshape(mask.ndim, -1) - 1)
+    a, b = np.broadcast_arrays(flat[starts], flat[starts + neighbours[:, None]])
+    parent = np.arange(len(starts) + 1)  # 0 is the background
+    while True:
+        a, b = parent[a], parent[b]
+        apart = (a != b) & (b > 0)
+        a, b = a[apart], b[apart]
+        if not len(a):
+            break
+        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
+        while (parent[parent] != parent).any():
+            parent = parent[parent]
+    return len(np.unique(parent)) - 1, len(np.unique(parent[runs[np.pad(mask & other, 1)]]))
+
+
+def benchmark_dice(scores, truth):
+    """mDice of the public polyp benchmark (PraNet): the mean Dice over 256 thresholds; a float.
+
+    scores float (H, W), truth (H, W) 0 or 1. As in PraNet's MyTest.py and eval/main.m: the scores
+    are stretched to the full range and rounded to 8 bits; a pixel is foreground at each threshold
+    0, 1, .., 255 that it reaches; Dice is 0 where nothing overlaps, so also if the truth is empty.
+    """
+    low, high = scores.min(), scores.max()
+    level = ((scores - low) / max(high - low, 1e-8) * 255).round().astype(np.uint8)
+
+    def reach(levels):
+        return np.bincount(levels, minlength=256)[::-1].cumsum()[::-1]
+
+    both, predicted = reach(level[truth > 0]), reach(level.ravel())
+    return float((2 * both / np.maximum(predicted + both[0], 1)).mean())
+
+
+def bootstrap_interval(values, groups, resamples=5000):
+    """-> low, high of the mean: its 95 % percentile interval over resampled groups, seed 0.
+
+    values (N,) of N cases and the group of each. Whole groups are drawn with replacement, as many
+    as there are, because cases of one video or patient are alike. None, None for one group.
+    """
+    _, index = np.unique(groups, return_inverse=True)
+    cases, total = np.bincount(index), np.bincount(index, values)
+    if len(cases) < 2:
+        return None, None
+    rng, n = np.random.default_rng(0), len(cases)
+    draws = (rng.integers(n, size=n) for _ in range(resamples))
+    means = [total[drawn].sum() / cases[drawn].sum() for drawn in draws]
+    return tuple(np.percentile(means, (2.5, 97.5)).tolist())
+
+
+# ---- masks through a model's autoencoder ----
+
+
+@torch.no_grad()
+def latent_std(model, data, n=512):
+    """Standard deviation of the unscaled latents of about n training masks, not augmented."""
+    latents, indices = [], range(0, len(data), max(1, len(data) // n))
+    progress = Progress(len(indices), "masks encoded")
+    for i in range(0, len(indices), 16):
+        masks = data.batch([(None, j) for j in indices[i : i + 16]])["mask"]
+        latents.append(model.vae.encode(model.labels_to_rgb(masks.to(model.device)))[0].cpu())
+        progress.step(len(masks))
+    return max(torch.cat(latents).double().std(correction=0).item(), 1e-6)
+
+
+@torch.no_grad()
+def vae_dice(model, data, n=16):
+    """Mean Dice of about n masks after encoding and decoding: what exact latents would give.
+
+    The loss on the decoded mask can lead beyond it, to latents that decode better than E's.
+    """
+    scores = []
+    for i in range(0, len(data), max(1, len(data) // n)):
+        mask = data.batch([(None, i)])["mask"].to(model.device)
+        decoded = model.probabilities(model.decode_mask(model.encode_mask(mask)))
+        classes = len(model.config.classes)
+        scores.append(dice(model.class_ids(decoded), mask, classes).mean())
+    return float(np.mean(scores))

@@ -1,0 +1,166 @@
+"""NIfTI volumes in and out. No file is trusted.
+
+Volumes are arrays (X, Y, Z), turned so that the axes run to the right, anterior and superior (RAS);
+writing turns them back. Sizes are checked before memory is taken, and whatever nibabel raises
+becomes a UserError that names the file. Letters: X Y Z voxels; Z H W slices and their pixels.
+"""
+
+import gzip
+import logging
+import math
+from typing import NamedTuple
+
+import nibabel as nib
+import numpy as np
+from nibabel.orientations import inv_ornt_aff, ornt_transform
+
+from support.cli import UserError, atomic_write
+from support.images import (
+    finite,
+    intensity_window,
+    whole_numbers,
+    why_unreadable,
+    window_to_uint8,
+)
+
+VOLUME_ENDINGS = (".nii.gz", ".nii")
+MAX_BYTES = 8 << 30  # of a volume, decompressed
+RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)  # an orientation in nibabel's form
+logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # we print one line; nibabel prints more
+
+
+def is_volume(path):
+    return str(path).lower().endswith(VOLUME_ENDINGS)
+
+
+class Geometry(NamedTuple):
+    """How a volume lies in its file and in space; `write_volume` needs it to place a mask."""
+
+    header: object  # nibabel's
+    affine: np.ndarray  # (4, 4), voxel indices of the file to millimetres
+    shape: tuple  # as stored
+    orientation: np.ndarray  # (3, 2), nibabel's form: from the file's axes to RAS
+
+    @property
+    def spacing(self):
+        return tuple(map(float, self.header.get_zooms()[:3]))
+
+    @property
+    def ras_affine(self):
+        """(4, 4): voxel indices of the turned array to millimetres."""
+        return self.affine @ inv_ornt_aff(self.orientation, (*self.shape, 1)[:3])
+
+
+def in_mm(numbers):
+    return f"({', '.join(f'{n:.4g}' for n in numbers)}) mm"
+
+
+def open_volume(path):
+    """-> nibabel's image, all of its bytes in memory. Raises UserError.
+
+    Whether a file is compressed is told by its first two bytes, because endings lie. No more is
+    decompressed than the header announces.
+    """
+    with open(path, "rb") as file:
+        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    with opener(path, "rb") as file:
+        start = file.read(544)
+        second = start[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+        kind = nib.Nifti2Image if second else nib.Nifti1Image
+        header = kind.header_class(start[: kind.header_class.template_dtype.itemsize])
+        shape, itemsize = header.get_data_shape(), header.get_data_dtype().itemsize
+        size = int(header.get_data_offset()) + math.prod(map(int, shape)) * itemsize
+        if not shape or min(shape) < 1 or not 0 < size <= MAX_BYTES:
+            raise UserError(f"{path}: a volume of {shape} voxels; at most 8 GB are read")
+        if bytes(header["magic"])[:2] != b"n+":
+            raise UserError(f"{path}: half of a pair, .hdr and .img; save it as one .nii")
+        content = start + file.read(max(size - len(start), 0))
+        file.read(1 << 20)  # gzip checks the sum at the end of the file
+    if len(content) < size:
+        raise UserError(f"{path}: truncated, {len(content)} of {size} bytes; copy it again")
+    return kind.from_bytes(content)
+
+
+def read_volume(path, labels=False):
+    """A NIfTI file -> values (X, Y, Z) in RAS orientation, and its Geometry. Raises UserError.
+
+    Intensities are float32: scl_slope is applied, infinities become the nearest finite extreme,
+    NaN the lowest value. Labels are uint8: see `whole_numbers`.
+    """
+    try:
+        image = open_volume(path)
+        if image.get_data_dtype().kind not in "iufb":
+            raise UserError(f"{path}: voxels of type {image.get_data_dtype()}; give numbers")
+        if len(image.shape) < 2 or any(n > 1 for n in image.shape[3:]):
+            raise UserError(f"{path}: {len(image.shape)}-D, {image.shape}; save the one volume "
+                            "that you want")  # fmt: skip
+        if not np.isfinite(image.affine).all():
+            raise UserError(f"{path}: its affine holds NaN or infinity; repair the header")
+        with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity
+            values = np.asarray(image.dataobj, dtype=np.float32)
+    except UserError:
+        raise
+    except Exception as error:  # damaged files make nibabel raise many kinds of exceptions
+        raise UserError(why_unreadable(path, "NIfTI volume", error)) from None
+    orientation = nib.io_orientation(image.affine)
+    if np.isnan(orientation).any():  # an affine that flattens space says nothing of orientation
+        orientation = RAS
+    checked = finite(values, path)  # also of labels: a volume without a finite value is refused
+    values = whole_numbers(values, path) if labels else checked
+    values = nib.apply_orientation(values.reshape((*image.shape, 1)[:3]), orientation)
+    return values, Geometry(image.header, image.affine, image.shape, orientation)
+
+
+def write_volume(path, values, geometry):
+    """(X, Y, Z) in RAS -> a NIfTI file with the shape, affine and spacing of `geometry`'s file.
+
+    The file keeps the dtype of `values`: uint8 for masks, float32 for standard deviations.
+    """
+    stored = nib.apply_orientation(values, ornt_transform(RAS, geometry.orientation))
+    kind = nib.Nifti2Image if isinstance(geometry.header, nib.Nifti2Header) else nib.Nifti1Image
+    header = geometry.header.copy()
+    header.set_data_dtype(values.dtype)
+    header.set_slope_inter(1, 0)
+    header["cal_min"] = header["cal_max"] = 0
+    with atomic_write(path) as temporary:
+        nib.save(kind(stored.reshape(geometry.shape), geometry.affine, header), temporary)
+
+
+def compare_grids(image, mask, path):
+    """The Geometries of an image and its mask -> None, or what to know where they differ.
+
+    Arrays are compared voxel by voxel all the same. Raises UserError for a mask that is stored in
+    another orientation and has no affine that leads to the image's place: it may be mirrored.
+    """
+    # Where the mask's voxels 0 and 1 lie, in voxels of the image; an affine may flatten space
+    apart = np.linalg.pinv(image.ras_affine) @ (mask.ras_affine - image.ras_affine)
+    if np.abs(apart).max() <= 0.1:
+        return None
+    places = [f"origin {in_mm(g.ras_affine[:3, 3])}, spacing {in_mm(g.spacing)}"
+              for g in (mask, image)]  # fmt: skip
+    text = f"the mask has {places[0]}, its image {places[1]}"
+    if np.abs(apart).max() > 1 and not np.array_equal(image.orientation, mask.orientation):
+        raise UserError(f"{path}: lies elsewhere in space and is stored in another orientation: "
+                        f"{text}; save both with the same affine")  # fmt: skip
+    return f"{text}; they are read voxel by voxel"
+
+
+def slices_of(volume):
+    """(X, Y, Z) in RAS -> axial slices (Z, H, W), rows from anterior to posterior."""
+    return volume.transpose(2, 1, 0)[:, ::-1]
+
+
+def volume_of(slices):
+    """The inverse of `slices_of`."""
+    return slices[:, ::-1].transpose(2, 1, 0)
+
+
+def slices_to_uint8(volume, window=None):
+    """(X, Y, Z) in RAS -> its axial slices as grey images, uint8 (Z, H, W, 3).
+
+    The window's (low, high) intensities become 0 and 255. Without a window, as in magnetic
+    resonance, the volume's own percentiles are taken: see `intensity_window`.
+    """
+    window = window or intensity_window(volume)
+    grey = np.stack([window_to_uint8(x, window) for x in slices_of(volume)])[..., None]
+    return np.broadcast_to(grey, (*grey.shape[:3], 3))

@@ -1,0 +1,48 @@
+"""The README and the other documents name files, functions and flags that exist."""
+
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+DOCUMENTS = {path: path.read_text() for path in ROOT.rglob("*.md") if "goldens" not in path.parts}
+README = DOCUMENTS[ROOT / "README.md"]
+COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d+) (-m tools\.\w+|\w+\.py)", README)))
+
+
+def test_every_path_and_link_exists():
+    """Files named in code or links are there, unless they are outputs or public checkpoints."""
+    for path, text in DOCUMENTS.items():
+        for link in re.findall(r"\]\(([^)#]+)\)", text):
+            assert link.startswith("http") or (path.parent / link).exists(), link
+        for name in re.findall(r"`((?:tests|docs|weights|support|tools)/[\w./-]+\.\w+)", text):
+            assert (ROOT / name).exists() or name == "weights/sd-v1.safetensors", name
+
+
+def test_functions_named_in_the_documents_exist():
+    """`file.py:function` names a function or a class of that file."""
+    named = [
+        pair for text in DOCUMENTS.values() for pair in re.findall(r"([\w/]+\.py):(\w+)", text)
+    ]
+    assert len(named) >= 10
+    for file, function in named:
+        code = (ROOT / file).read_text()
+        assert re.search(rf"(def|class) {function}\b|import .*\b{function}\b", code), (
+            file,
+            function,
+        )
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_flags_in_the_readme_exist(command):
+    """Every flag that a command of the README passes is one of that program."""
+    done = subprocess.run(
+        [sys.executable, *command.split(), "--help"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.returncode == 0
+    for line in README.replace("\\\n", " ").splitlines():
+        if f" {command} " in line:
+            for flag in re.findall(r" (--[\w-]+)", line.split("#")[0].split(command)[1]):
+                assert flag in done.stdout, (command, flag)

@@ -1,0 +1,424 @@
+"""Files of every kind: read right, or refused in one line. Images, masks, volumes."""
+
+import gzip
+import struct
+
+import nibabel as nib
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from data import find, load_case
+from support.cli import UserError
+from support.folders import PARTS, Case, DatasetSpec, class_ids
+from support.images import compare_exif, read_image, read_mask
+from support.volumes import compare_grids, read_volume, slices_of, volume_of, write_volume
+
+NOISE = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
+
+
+# ---- images ----
+
+MODES = "1.png L.png L.bmp LA.png RGBA.png P.png P.gif CMYK.jpg CMYK.tif F.tif RGB.webp".split()
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_images_of_every_kind(name, tmp_path):
+    """Grey, alpha, palette, CMYK, float: uint8 (H, W, 3), and the range is used."""
+    Image.fromarray(NOISE).convert(name.split(".")[0]).save(tmp_path / name)
+    image = read_image(tmp_path / name)
+    assert image.shape == (20, 30, 3) and image.dtype == np.uint8 and np.ptp(image) > 150
+
+
+@pytest.mark.parametrize("name, kind, odd, grey", [
+    ("x.png", np.uint16, 65535, 255), ("x.tif", np.uint16, 65535, 255),
+    ("x.tif", np.float32, np.inf, 255), ("x.tif", np.float32, np.nan, 0),
+    ("x.tif", np.float32, -np.inf, 0),
+])  # fmt: skip
+def test_one_mark_does_not_darken_a_deep_image(name, kind, odd, grey, tmp_path):
+    """12-bit values fill the grey range, with a burnt-in mark or values that are not finite too."""
+    values = np.linspace(0, 4095, 10_000).reshape(100, 100).astype(kind)
+    Image.fromarray(values).save(tmp_path / name)
+    clean = read_image(tmp_path / name).astype(int)
+    values[:4, :4] = odd
+    Image.fromarray(values).save(tmp_path / name)
+    marked = read_image(tmp_path / name).astype(int)
+    assert clean.min() == 0 and clean.max() == 255 and (marked[:4, :4] == grey).all()
+    assert np.abs(clean - marked)[4:].max() <= 1
+
+
+def turned(path, orientation):
+    """NOISE with an EXIF orientation; 1 means none."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    Image.fromarray(NOISE).save(path, exif=exif)
+    return path
+
+
+@pytest.mark.parametrize("image, mask, text", [
+    (1, 1, None), (6, 6, None), (3, 1, "3 in the image, 1 in its mask"), (1, 3, "1 in the image"),
+])  # fmt: skip
+def test_exif_on_one_of_two_files_is_said(image, mask, text, tmp_path):
+    """EXIF turns images and masks upright; where it turns one of them only, a remark says so."""
+    files = turned(tmp_path / "image.jpg", image), turned(tmp_path / "mask.png", mask)
+    assert read_image(files[0]).shape == ((30, 20, 3) if image == 6 else (20, 30, 3))
+    remark = compare_exif(*files)
+    assert text in remark if text else remark is None
+
+
+def test_the_first_of_several_frames_is_used(tmp_path, capsys):
+    """Animated GIF, multi-page TIFF: the first frame, and a line that says so."""
+    frames = [Image.fromarray(NOISE[..., 0] // (i + 1)) for i in range(3)]
+    for name in ("x.gif", "x.tif"):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:])
+        assert np.abs(read_image(tmp_path / name)[..., 0].astype(int) - NOISE[..., 0]).max() < 2
+        assert "3 frames; the first is used" in capsys.readouterr().err
+
+
+def cut_short(path):
+    Image.fromarray(np.tile(NOISE, (20, 20, 1))).save(path)
+    path.write_bytes(path.read_bytes()[:3000])
+
+
+BAD_IMAGES = {  # name: how to make it, the words of the refusal
+    "bomb.png": (lambda p: Image.new("1", (20_000, 20_000)).save(p), "at most 100 million"),
+    "cut.png": (cut_short, "not a readable image"),
+    "empty.png": (lambda p: p.touch(), "empty file"),
+    "text.png": (lambda p: p.write_text("hello"), "not a readable image"),
+    "postscript.png": (lambda p: p.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "cannot identify"),
+    "NaN.tif": (lambda p: Image.fromarray(NOISE[..., 0] * np.float32(np.nan)).save(p), "is finite"),
+    "folder.png": (lambda p: p.mkdir(), "directory"),
+    "missing.png": (lambda p: None, "No such file"),
+    "scan.nrrd": (lambda p: p.write_bytes(b"NRRD0004"), "dcm2niix"),
+    "scan.mha": (lambda p: p.write_text("ObjectType = Image"), "dcm2niix"),
+    "IM0001": (lambda p: p.write_bytes(bytes(128) + b"DICM" + bytes(9)), "dcm2niix"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_IMAGES)
+def test_bad_images_are_refused_in_one_line(name, tmp_path):
+    """Bombs, damaged and empty files, PostScript, other formats: one line that names the file."""
+    make, words = BAD_IMAGES[name]
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=words) as error:
+        read_image(tmp_path / name)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+# ---- masks of images ----
+
+Y, X = np.mgrid[:48, :40]
+DISC = [np.hypot(Y - 20 - i, X - 18) < 12 for i in range(6)]  # the foreground of six masks
+IDS = [d + ((Y > 30) & (X > 20)).astype(np.uint8) * (2 - d) for d in DISC]  # 0, 1, 2
+VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]  # the palette of PASCAL VOC begins so
+
+
+def grey(i, one=255, two=0):
+    """Class ids -> an image: 1 and 2 become these greys, 0 is black."""
+    ids = IDS[i] if two else DISC[i]
+    return Image.fromarray(np.array([0, one, two], np.uint8)[ids.astype(np.uint8)])
+
+
+def coloured(i, colour):
+    return Image.fromarray(DISC[i][..., None] * np.array(colour, np.uint8))
+
+
+def cutout(i, colour, mode="RGBA", opacity=255):
+    """A disc of one colour, the rest transparent and white."""
+    image = Image.new("RGBA", DISC[i].shape[::-1], (255, 255, 255, 0))
+    image.paste((*colour, opacity), mask=Image.fromarray(DISC[i]))
+    return image.convert(mode)
+
+
+def indexed(ids, palette):
+    image = Image.frombytes("P", ids.shape[::-1], ids.astype(np.uint8).tobytes())
+    image.putpalette(palette)
+    return image
+
+
+def bordered(i, ids):
+    """Class ids with a border of 255 around them, as VOC marks what is not to be scored."""
+    wide = np.asarray(Image.fromarray(ids[i] > 0).convert("L").filter(ImageFilter.MaxFilter(5)))
+    return np.where((wide > 0) & (ids[i] == 0), 255, ids[i]).astype(np.uint8)
+
+
+def soft(i):
+    return grey(i).filter(ImageFilter.GaussianBlur(0.7))
+
+
+RIGHT = {  # what, ending: how to make mask i, its class ids
+    "0 and 255.png": (grey, DISC),
+    "0 and 1.png": (lambda i: grey(i, 1), DISC),
+    "class ids.png": (lambda i: grey(i, 1, 2), IDS),
+    "1 bit.png": (lambda i: Image.fromarray(DISC[i]), DISC),
+    "16-bit ids.png": (lambda i: Image.fromarray(IDS[i].astype(np.uint16)), IDS),
+    "0.99999994.tif": (lambda i: Image.fromarray(DISC[i] * np.float32(0.99999994)), DISC),
+    "NaN.tif": (lambda i: Image.fromarray(np.where(DISC[i], np.float32(1), np.nan)), DISC),
+    "smooth edges.png": (soft, DISC),
+    "grey.jpg": (grey, DISC),
+    "grey in RGB.jpg": (lambda i: coloured(i, (255, 255, 255)), DISC),
+    "grey.webp": (grey, DISC),
+    "black cut out.png": (lambda i: cutout(i, (0, 0, 0)), DISC),
+    "black cut out, faint.png": (lambda i: cutout(i, (0, 0, 0), opacity=90), DISC),
+    "white cut out.png": (lambda i: cutout(i, (255, 255, 255), "LA"), DISC),
+    "red cut out.png": (lambda i: cutout(i, (255, 0, 0)), DISC),
+    "id 1 cut out.png": (lambda i: cutout(i, (1, 1, 1)), DISC),
+    "alpha unused.png": (lambda i: Image.merge("LA", (grey(i), grey(i).point(lambda v: 0))), DISC),
+    "VOC palette.png": (lambda i: indexed(IDS[i], VOC), IDS),
+    "VOC palette.gif": (lambda i: indexed(IDS[i], VOC), IDS),
+    "white first.png": (lambda i: indexed(~DISC[i], [255] * 3 + [0] * 3), DISC),
+    "grey palette.png": (lambda i: grey(i, 1, 2).convert("P"), IDS),
+}
+
+
+def folder_of_masks(root, ending, make):
+    for i, disc in enumerate(DISC):
+        for name, image in (("images", Image.fromarray(NOISE[: i + 1]).resize(disc.shape[::-1])),
+                            ("masks", make(i))):  # fmt: skip
+            (root / name).mkdir(parents=True, exist_ok=True)
+            image.save(root / name / f"{i}.{'png' if name == 'images' else ending}")
+    return root
+
+
+def all_ids(root):
+    """{case's name: class ids} of a whole folder."""
+    spec = find(str(root))
+    return {c.name: load_case(c, spec)[1] for part in PARTS for c in spec.splits[part]}
+
+
+@pytest.mark.parametrize("what", RIGHT)
+def test_masks_that_are_read_right(what, tmp_path):
+    """Whatever the file: the class ids that were meant, to a few edge pixels for smooth edges."""
+    make, truth = RIGHT[what]
+    for name, ids in all_ids(folder_of_masks(tmp_path / "own", what.split(".")[-1], make)).items():
+        assert (ids != truth[int(name)]).sum() <= (30 if "smooth" in what else 0)
+
+
+THREE = "black and white, with greys at the edges only"
+REFUSED = {  # what, ending: how to make mask i, the words of the refusal
+    "red.png": (lambda i: coloured(i, (255, 0, 0)), "a mask in colours"),
+    "red.jpg": (lambda i: coloured(i, (255, 0, 0)), "a mask in colours"),
+    "green.jpg": (lambda i: coloured(i, (0, 255, 0)), "a mask in colours"),
+    "blue.jpg": (lambda i: coloured(i, (0, 0, 255)), "a mask in colours"),
+    "yellow.jpg": (lambda i: coloured(i, (255, 255, 0)), "a mask in colours"),
+    "nearly black.png": (lambda i: coloured(i, (0, 0, 1)), "a mask in colours"),
+    "0 and 1.jpg": (lambda i: grey(i, 1), THREE),
+    "0 and 1.webp": (lambda i: grey(i, 1), THREE),
+    "0 and 100.jpg": (lambda i: grey(i, 100), THREE),
+    "0 and 200.jpg": (lambda i: grey(i, 200), THREE),
+    "0, 20 and 255.jpg": (lambda i: grey(i, 20, 255), THREE),
+    "0, 128 and 255.jpg": (lambda i: grey(i, 128, 255), THREE),
+    "0, 200 and 255.jpg": (lambda i: grey(i, 200, 255), THREE),
+    "0 and 100.png": (lambda i: grey(i, 100), "mask values 0, 100"),
+    "0, 128 and 255.png": (lambda i: grey(i, 128, 255), "mask values 0, 128, 255"),
+    "0, 1 and void.png": (lambda i: Image.fromarray(bordered(i, DISC)), "mask values 0, 1, 255"),
+    "ids and void.png": (lambda i: Image.fromarray(bordered(i, IDS)), "values 0, 1, 2, 255"),
+    "VOC and void.png": (lambda i: indexed(bordered(i, IDS), VOC + [9] * 756), "0, 1, 2, 255"),
+    "0, 1 or 255.png": (lambda i: grey(i, 1 if i == 2 else 255), "mask values 0, 1; "),
+    "ids with a gap.png": (lambda i: grey(i, 1, 3), "no training mask holds class id 2"),
+    "16 bits.png": (lambda i: Image.fromarray(DISC[i].astype(np.uint16) * 65535), "0, 65535"),
+    "0.7.tif": (lambda i: Image.fromarray(DISC[i] * np.float32(0.7)), "whole numbers"),
+    "red is index 0.png": (lambda i: indexed(~DISC[i], [255, 0, 0] + [0] * 3), "must be black"),
+    "black is also index 2.png": (lambda i: indexed(IDS[i], VOC[:6] + [0] * 3), "must be black"),
+    "two palettes.png": (lambda i: indexed(IDS[i], VOC if i else VOC[:3] + VOC[6:9] + VOC[3:6]),
+                         "use one palette"),
+    "grey cut out.png": (lambda i: cutout(i, (128, 128, 128)), "mask values 0, 128"),
+    "another size.png": (lambda i: grey(i).resize((48, 48)), "a mask of .48, 48., but"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_masks_that_do_not_say_what_they_mean_are_refused(what, tmp_path):
+    """Never silently empty, inverted or merged: one line with the values and the way out."""
+    make, words = REFUSED[what]
+    root = folder_of_masks(tmp_path / "own", what.split(".")[-1], make)
+    with pytest.raises(UserError, match=words) as error:
+        all_ids(root)
+    assert str(root) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_real_masks_pass_as_jpeg(real_data, tmp_path):
+    """Real polyp outlines saved as JPEG, at full and at half size, are black and white."""
+    path = tmp_path / "mask.jpg"
+    for file in sorted((real_data / "CVC-ClinicDB/masks").iterdir())[::25]:
+        for quality, size in ((50, (192, 144)), (75, (384, 288)), (95, (192, 144))):
+            mask = Image.open(file).resize(size)
+            mask.save(path, quality=quality)
+            ids = class_ids(read_mask(path), DatasetSpec("binary", {}), path)
+            assert ((ids > 0) != (np.asarray(mask) > 127)).mean() < 0.005
+
+
+# ---- volumes ----
+
+GRID = np.diag([1.5, 1.5, 4.0, 1.0])  # an affine without rotation
+OBLIQUE = nib.affines.from_matvec(
+    nib.eulerangles.euler2mat(0.1, 0.2, 0.05) @ np.diag([1, 2, 3]), [1, 2, 3]
+)
+
+
+def save_volume(path, values, affine=GRID, **keywords):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(values, affine, **keywords), path)
+    return path
+
+
+@pytest.mark.parametrize("codes", ("RAS", "LPS", "PIR", "ASL", "IPL"))
+def test_a_volume_comes_back_where_it_was(codes, tmp_path):
+    """Read into RAS, written back: the file's own array, affine and spacing; slices invert."""
+    original = nib.Nifti1Image(np.arange(60, dtype=np.uint8).reshape(3, 4, 5), OBLIQUE)
+    stored = original.as_reoriented(nib.orientations.axcodes2ornt(codes))
+    nib.save(stored, tmp_path / "v.nii.gz")
+    values, geometry = read_volume(tmp_path / "v.nii.gz")
+    assert np.array_equal(values, np.asarray(nib.as_closest_canonical(stored).dataobj))
+    assert np.array_equal(volume_of(slices_of(values)), values)
+    write_volume(tmp_path / "w.nii.gz", values.astype(np.uint8), geometry)
+    again = nib.load(tmp_path / "w.nii.gz")
+    assert np.array_equal(np.asarray(again.dataobj), np.asarray(stored.dataobj))
+    np.testing.assert_allclose(again.affine, stored.affine, atol=1e-5)
+    np.testing.assert_allclose(again.header.get_zooms(), stored.header.get_zooms(), atol=1e-5)
+
+
+TYPES = "uint8 int8 int16 uint16 int32 uint32 int64 uint64 float32 float64".split()
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+def test_voxels_of_every_type(dtype, tmp_path):
+    """Every integer and float type, with a slope and an intercept."""
+    image = nib.Nifti1Image(np.arange(24).reshape(2, 3, 4).astype(dtype), GRID, dtype=dtype)
+    image.header.set_slope_inter(2, -5)
+    nib.save(image, tmp_path / "v.nii")
+    values, _ = read_volume(tmp_path / "v.nii")
+    np.testing.assert_allclose(values, np.asarray(nib.load(tmp_path / "v.nii").dataobj), rtol=1e-6)
+
+
+def test_odd_volumes(tmp_path):
+    """NaN and infinity become finite; one slice, a last axis of 1, no affine, and endings that lie
+    about compression: they are read.
+    """
+    values = np.array([1, np.nan, np.inf, -np.inf, 5, 2], np.float32).reshape(1, 2, 3)
+    got, _ = read_volume(save_volume(tmp_path / "a.nii", values))
+    assert sorted(got.ravel()) == [1, 1, 1, 2, 5, 5]
+    got, geometry = read_volume(save_volume(tmp_path / "b.nii", np.zeros((4, 5, 1, 1), np.int16)))
+    assert got.shape == (4, 5, 1) and geometry.shape == (4, 5, 1, 1)
+    path = save_volume(tmp_path / "c.nii", np.zeros((4, 5, 6), np.int16), None)
+    assert read_volume(path)[0].shape == (4, 5, 6)
+    (tmp_path / "d.nii").write_bytes(gzip.compress(path.read_bytes()))
+    (tmp_path / "e.nii.gz").write_bytes(path.read_bytes())
+    assert read_volume(tmp_path / "d.nii")[0].shape == (4, 5, 6)
+    assert read_volume(tmp_path / "e.nii.gz")[0].shape == (4, 5, 6)
+
+
+def test_labels_of_a_volume(tmp_path):
+    """NaN is background, a number within 0.001 of a whole one is that; other values are named."""
+    values = np.array([np.nan, 0.99999994, 2.0009, 0], np.float32).reshape(1, 2, 2)
+    got, _ = read_volume(save_volume(tmp_path / "v.nii", values), labels=True)
+    assert got.dtype == np.uint8 and sorted(got.ravel()) == [0, 0, 1, 2]
+    for odd in (0.99, 300, np.inf):
+        values[0, 0, 0] = odd
+        with pytest.raises(UserError, match=f"mask values 0, .*{odd}"):
+            read_volume(save_volume(tmp_path / "v.nii", values), labels=True)
+
+
+def broken_header(offset, kind, *values):
+    """A function that writes a small volume with other values at one place of its header."""
+
+    def make(path):
+        content = bytearray(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), GRID).to_bytes())
+        struct.pack_into(kind, content, offset, *values)
+        path.write_bytes(gzip.compress(bytes(content)))
+
+    return make
+
+
+def pair_header(path):
+    header = nib.nifti1.Nifti1PairHeader()
+    header.set_data_shape((4, 4, 4))
+    path.write_bytes(header.structarr.tobytes() + bytes(600))
+
+
+def cut_volume(path):
+    save_volume(path, NOISE.astype(np.int16))
+    path.write_bytes(path.read_bytes()[:-300])
+
+
+BAD_VOLUMES = {  # the words of the refusal: how to make it
+    "at most 8 GB": broken_header(40, "<8h", 3, 32767, 32767, 32767, 1, 1, 1, 1),
+    "affine holds NaN": broken_header(280, "<f", float("nan")),
+    "not a readable NIfTI volume": broken_header(70, "<h", 999),
+    "Compressed file ended": cut_volume,
+    "4-D": lambda p: save_volume(p, np.zeros((4, 4, 4, 3), np.int16)),
+    "give numbers": lambda p: save_volume(p, np.zeros((4, 4, 4), [(c, "u1") for c in "RGB"])),
+    "no value is finite": lambda p: save_volume(p, np.full((4, 4, 4), np.nan, np.float32)),
+    "half of a pair": pair_header,
+    "empty file": lambda p: p.touch(),
+}
+
+
+@pytest.mark.parametrize("words", BAD_VOLUMES)
+def test_bad_volumes_are_refused_in_one_line(words, tmp_path, capfd):
+    """One line that names the file; nibabel's own complaints do not reach the terminal."""
+    BAD_VOLUMES[words](tmp_path / "v.nii.gz")
+    for labels in (False, True):
+        with pytest.raises(UserError, match=words) as error:
+            read_volume(tmp_path / "v.nii.gz", labels)
+        assert "v.nii.gz" in str(error.value) and "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_damaged_gzip_is_noticed(tmp_path):
+    """Any bit changed, or the end cut off: refused, or the voxels are right all the same."""
+    values = np.random.default_rng(0).integers(0, 9, (9, 8, 7)).astype(np.int16)
+    path = save_volume(tmp_path / "v.nii.gz", values)
+    content, right = path.read_bytes(), read_volume(path)[0]
+    damaged = [bytearray(content) for _ in range(40)]
+    for copy, place in zip(damaged, np.linspace(10, len(content) - 1, len(damaged)).astype(int)):
+        copy[place] ^= 16
+    refused = 0
+    for copy in (*damaged, content[:-8]):
+        path.write_bytes(copy)
+        try:
+            assert np.array_equal(read_volume(path)[0], right)
+        except UserError:
+            refused += 1
+    assert refused > 35
+
+
+def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path):
+    """200 MB of zeros behind a small volume are never decompressed."""
+    header = nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), GRID).to_bytes()
+    (tmp_path / "v.nii.gz").write_bytes(gzip.compress(header + bytes(200_000_000), 1))
+    assert read_volume(tmp_path / "v.nii.gz")[0].shape == (4, 4, 4)
+
+
+def moved(x=0.0, spacing=1.5, angle=0.0):
+    rotation = nib.eulerangles.euler2mat(angle, 0, 0)
+    return nib.affines.from_matvec(rotation @ np.diag([spacing, 1.5, 4]), [x, 0, 0])
+
+
+@pytest.mark.parametrize("affine, remark", [
+    (moved(0.1), None), (moved(0.3), "origin (0.3, 0, 0) mm, spacing (1.5, 1.5, 4) mm"),
+    (moved(spacing=1.52), None), (moved(spacing=2), "spacing (2, 1.5, 4) mm, its image"),
+    (moved(angle=0.3), "voxel by voxel"),
+])  # fmt: skip
+def test_a_mask_in_another_grid_is_said(affine, remark, tmp_path):
+    """Origin, spacing or direction that differ by a tenth of a voxel: a remark with both."""
+    voxels = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
+    there, here = (read_volume(save_volume(tmp_path / f"{i}.nii", voxels, a))[1]
+                   for i, a in enumerate((moved(), affine)))  # fmt: skip
+    said = compare_grids(there, here, "mask.nii")
+    assert remark in said if remark else said is None
+
+
+def test_a_mask_in_another_orientation_is_placed_by_its_affine(tmp_path):
+    """Stored in another orientation, it is turned; without the image's affine it is refused."""
+    voxels = nib.Nifti1Image(np.arange(60, dtype=np.uint8).reshape(3, 4, 5) % 2,
+                             OBLIQUE @ np.diag([-1, 1, 1, 1]))  # fmt: skip
+    other = voxels.as_reoriented(nib.orientations.axcodes2ornt("PIR"))
+    lost = nib.Nifti1Image(np.asarray(voxels.dataobj), np.eye(4))
+    for name, image in (("image", voxels), ("other", other), ("lost", lost)):
+        nib.save(image, tmp_path / f"{name}.nii")
+    spec = DatasetSpec("volumes", {}, label_format="ids", volumes=True)
+    image, ids = load_case(Case("a", tmp_path / "image.nii", tmp_path / "other.nii"), spec)
+    assert np.array_equal(image[..., 0] > 127, ids > 0)
+    with pytest.raises(UserError, match="lost.nii: lies elsewhere in space"):
+        load_case(Case("a", tmp_path / "image.nii", tmp_path / "lost.nii"), spec)

@@ -1,0 +1,52 @@
+"""Images for people: overlays, montages, contact sheets, tiles and plots."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from support import panels
+
+
+def test_an_overlay_has_tint_and_outline():
+    """Outside nothing changes; inside there is a light tint, at the border the full colour."""
+    image, ids = np.full((40, 50, 3), 100, np.uint8), np.zeros((40, 50), np.uint8)
+    ids[10:30, 10:25], ids[10:30, 25:40] = 1, 2
+    result, palette = panels.overlay(image, ids), panels.PALETTE
+    assert (result[ids == 0] == 100).all()
+    assert (result[10, 15] == palette[1]).all() and (result[20, 25] == palette[2]).all()
+    assert (result[20, 15] == 75 + palette[1] // 4).all()
+    assert len(np.unique(palette, axis=0)) == 14
+
+
+def test_a_montage_shows_the_fullest_slices():
+    """Of 64 slices it shows 16, the fullest of each 4; without foreground it shows any 16."""
+    ids = np.zeros((64, 8, 200), np.uint8)
+    for z in range(64):
+        ids[z, 4, : 100 + 10 * (z % 4 == 2)] = 1
+    images = np.broadcast_to(np.arange(64, dtype=np.uint8)[:, None, None, None], (64, 8, 200, 3))
+    sheet = panels.montage(images, ids)
+    assert sheet.shape == (4 * 8, 4 * 200, 3)
+    assert np.array_equal(sheet[::8, ::200, 0].ravel(), np.arange(2, 64, 4))
+    assert panels.montage(images, 0 * ids).shape == sheet.shape
+
+
+def test_sheets_and_tiles():
+    """A row of images stands above its masks; a tile keeps the aspect ratio; 1 becomes 255."""
+    image, ids = np.full((4, 4, 3), 9, np.uint8), np.full((4, 4), 2, np.uint8)
+    sheet = panels.contact_sheet([[(image, ids)] * 3, [(image, 0 * ids)]], k=3)
+    assert sheet[::4, ::4, 0].tolist() == [[9] * 3, [254] * 3, [9, 0, 0], [0, 0, 0]]
+    tile = np.asarray(panels.fit_tile(np.zeros((4, 8, 3), np.uint8), 8, Image.NEAREST))
+    assert tile[:, 0, 0].tolist() == [96, 96, 0, 0, 0, 0, 96, 96]
+    x = torch.tensor([-2.0, -1.0, 0.2 / 255, 1.0, 3.0]).expand(2, 3, 1, 5)
+    assert panels.to_uint8(x)[1, 0, :, 2].tolist() == [0, 0, 128, 255, 255]
+
+
+@pytest.mark.parametrize("scores", [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.1, 0.9, 0.3)])
+def test_a_plot_has_room_for_every_curve(scores):
+    """Every point lies inside the image, on a blue dot that is higher for a higher Dice."""
+    image = panels.plot_curve((1, 10, 50), scores)
+    blue = (image == panels.BLUE).all(2)
+    height = [np.nonzero(blue[:, x])[0].mean() for x in (90, 600)]
+    assert image.shape == (400, 640, 3) and not blue[[0, -1]].any() and not blue[:, [0, -1]].any()
+    assert np.sign(height[0] - height[1]) == np.sign(scores[2] - scores[0])

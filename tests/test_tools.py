@@ -1,0 +1,294 @@
+"""The other tools: an autoencoder that learns, a benchmark that compares, a figure that is true."""
+
+import platform
+import re
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, disc_folder, save_tiny, tiny
+from PIL import Image
+
+import train
+from data import find
+from sdseg import PRESETS, SDSeg, SDSegConfig, class_colours, ddim_timesteps, from_pretrained
+from support.cli import UserError
+from support.demo_data import draw_demo
+from support.weights import read_weights
+from tools import benchmark, figures, train_vae
+
+CPU = torch.device("cpu")
+
+
+# ---- train_vae ----
+
+
+@pytest.fixture
+def run_vae(tmp_path):
+    """A function of flags: trains on 20 small images -> config and weights."""
+    folder, out = disc_folder(tmp_path / "own"), str(tmp_path / "vae.safetensors")
+    fixed = ["--data", str(folder), "--size", "32", "--batch-size", "4", "--out", out]
+
+    def run(*flags):
+        train_vae.main(train_vae.parse_args([*fixed, "--precision", "fp32", *flags]))
+        return read_weights(out, SDSegConfig)
+
+    return run
+
+
+def test_the_autoencoder_learns_and_another_run_goes_on(run_vae, tmp_path, capsys):
+    """Masks come back; `--init` takes the weights unchanged, and train.py takes the file."""
+    config, first = run_vae("--steps", "30", "--lr", "1e-2")
+    assert float(re.search(r"Dice ([\d.]+)", capsys.readouterr().out)[1]) > 0.8
+    assert (config.image_size, config.data) == (32, "own") and len(config.trained_on) == 12
+    assert Image.open(tmp_path / "vae.png").size == (4 * 32, 2 * 32)
+    kept = str((tmp_path / "vae.safetensors").rename(tmp_path / "first.safetensors"))
+    _, again = run_vae("--steps", "1", "--lr", "0", "--init", kept)
+    assert first.keys() == again.keys()
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    model = from_pretrained(kept)
+    for encoder in (model.vae.encoder, model.tau.encoder):
+        assert torch.equal(encoder.conv_in.weight, first["vae.encoder.conv_in.weight"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [("--size", "50"), ("--batch-size", "1"), ("--out", "vae.png"), ("--lr", "1e30"),
+     ("--split", "sequence")],
+)  # fmt: skip
+def test_an_autoencoder_that_cannot_be_trained_is_refused(run_vae, flags):
+    """A size that the levels cannot halve, no room for images, a wrong name, NaN, no videos."""
+    with pytest.raises((UserError, SystemExit)) as error:
+        run_vae("--steps", "2", *flags)
+    assert getattr(error.value, "code", 2) == 2
+
+
+def test_a_third_of_the_masks_keep_their_colours():
+    """These show the data set's own classes; each of the others shows two to four colours."""
+    generator = torch.Generator().manual_seed(0)
+    mask, colours = torch.randint(3, (9, 8, 8), generator=generator), class_colours(3)
+    rgb = train_vae.colour_masks(mask, colours, generator)
+    assert torch.equal(rgb[:3], colours[mask[:3]].permute(0, 3, 1, 2))
+    counts = [len(x.flatten(1).unique(dim=1).T) for x in rgb[3:]]
+    assert all(2 <= n <= 4 for n in counts) and max(counts) > 2
+
+
+# ---- benchmark ----
+
+
+@pytest.fixture
+def report(tmp_path, monkeypatch, drawn_once, capsys):
+    """A function of flags: benchmarks a tiny model, with 8 demo images -> what it prints."""
+    file, spec = save_tiny(tmp_path / "tiny.safetensors"), find("demo")
+    few = replace(spec, splits={part: cases[:8] for part, cases in spec.splits.items()})
+    monkeypatch.setattr(benchmark, "find", lambda name: few)
+    monkeypatch.setitem(train.RECIPES, "nano", {**train.RECIPES["nano"], "batch_size": 2})
+
+    def run(*flags):
+        fixed = ["--model", file, "--device", "cpu", "--seconds", "0", "--batch-sizes", "1,2"]
+        benchmark.main(benchmark.parse_args([*fixed, *flags]))
+        return capsys.readouterr().out
+
+    return run
+
+
+def test_calls_take_turns_and_the_first_of_each_does_not_count():
+    """What is compared alternates, so that a busy moment slows both; warming up is not timed."""
+    order = []
+
+    def slow_at_first():
+        time.sleep(0 if "a" in order else 0.5)
+        order.append("a")
+
+    times = benchmark.medians({"a": slow_at_first, "b": lambda: order.append("b")}, 0, CPU)
+    assert "".join(order) == "ab" * 4
+    assert times["a"] < 0.25
+
+
+def test_the_report(report):
+    """A block for each batch size, then training: rates are batch / time, shares add up to 1."""
+    text = report("--precision", "fp32", "--train")
+    assert "trained weights" in text and "float32" in text and torch.__version__ in text
+    assert [int(n) for n in re.findall(r"^batch (\d+)", text, re.M)] == [1, 2]
+    rows = re.findall(r"^ours, (1 step|10 steps) +([\d.]+) +([\d.]+)(.*)", text, re.M)
+    assert [what for what, *_ in rows] == ["1 step", "10 steps"] * 2
+    for (what, ms, rate, rest), n in zip(rows, (1, 1, 2, 2)):
+        assert float(ms) * float(rate) == pytest.approx(1000 * n, rel=0.05)
+        shares = [float(share) for share in re.findall(r"([\d.]+)%", rest)]
+        assert what == "10 steps" or sum(shares) == pytest.approx(100, abs=0.2)
+    assert len(re.findall(r"^peak memory \d+ MiB", text, re.M)) == 2
+    assert re.search(r"^[\d.]+ steps/s, peak memory \d+ MiB", text, re.M)
+    assert re.search(r"^one process loads a batch in [\d.]+ ms, [\d.]+% of a step", text, re.M)
+
+
+def test_bfloat16_is_compared_with_float32(report):
+    """The masks nearly agree; the probabilities differ a little."""
+    text = report("--precision", "bf16", "--batch-sizes", "1")
+    found = re.search(r"Dice ([\d.]+) .* by ([\d.]+) on average, by ([\d.]+) at most", text)
+    same, mean, largest = map(float, found.groups())
+    assert 0 < mean < largest < 0.5 and 0.5 < same <= 1
+
+
+def test_compiled_networks_have_rows_of_their_own(report, monkeypatch):
+    """--compile: how long it takes, that it changes nothing, and ratios to uncompiled networks."""
+    compiled = []
+    monkeypatch.setattr(benchmark, "compile_networks", lambda model, **_: compiled.append(model))
+    text = report("--precision", "fp32", "--compile", "--train")
+    assert len(compiled) == 2 and compiled[0] is not compiled[1]
+    assert re.search(r"^compiled in \d+ s.* Dice 1.0000 .* 0.00000 on average", text, re.M)
+    assert len(re.findall(r"^compiled, 1 step .* [\d.]+x our time", text, re.M)) == 2
+    assert re.search(r"steps/s, .*; [\d.]+x the time, compiled in \d+ s", text)
+
+
+@pytest.mark.skipif(platform.system() != "Linux", reason="only Linux forgets an earlier peak")
+def test_the_peak_is_that_of_the_call():
+    """A large tensor shows in the peak of the call that made it, and not in that of the next."""
+    calls = (lambda: None, lambda: torch.ones(50 << 18), lambda: None)
+    before, large, after = (int(benchmark.peak_of(call, CPU).split()[0]) for call in calls)
+    assert large - before > 40 and after - before < 20
+
+
+def test_the_training_step_is_that_of_train(monkeypatch):
+    """tau, the U-Net and their averages move; the frozen autoencoder stays."""
+    model, emas = tiny(), []
+    make_ema = train.make_ema
+    monkeypatch.setattr(benchmark, "SDSeg", lambda config: model)
+    monkeypatch.setattr(train, "make_ema", lambda m: emas.append(make_ema(m)) or emas[-1])
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    batch = torch.rand(2, 3, 32, 32), torch.randint(2, (2, 32, 32)), None
+    benchmark.training_step(TINY, train.RECIPES["nano"], batch, CPU, False)(torch.float32)
+    for moved in (model, emas[0][0]):
+        state = moved.state_dict().items()
+        names = {name.split(".")[0] for name, value in state if (value != before[name]).any()}
+        assert names == {"tau", "unet"}
+
+
+def test_without_diffusers_one_line_says_so(report, monkeypatch):
+    """The comparison is optional: without the package all else is measured."""
+    monkeypatch.setitem(sys.modules, "diffusers", None)  # importing it now fails
+    lines = [line for line in report("--diffusers").splitlines() if "diffusers" in line]
+    assert len(lines) == 1 and "not installed" in lines[0]
+
+
+def test_the_modules_of_diffusers_have_our_size():
+    """Their networks have our numbers of parameters: exactly for SD v1, else within 6 %."""
+    pytest.importorskip("diffusers", reason="diffusers is optional and not installed")
+    for name, config in PRESETS.items():
+        with torch.device("meta"):
+            ours, (vae, unet) = SDSeg(config), benchmark.diffusers_modules(config)
+        count = [sum(p.numel() for p in m.parameters()) for m in (vae, unet, ours.vae, ours.unet)]
+        assert count[0] == count[2]
+        assert count[1] == pytest.approx(count[3], rel=0 if name == "sd-v1" else 0.06)
+
+
+def test_the_modules_of_diffusers_run_in_our_sampler(report):
+    """With the package, its rows have ratios to our time."""
+    pytest.importorskip("diffusers", reason="diffusers is optional and not installed")
+    text = report("--diffusers", "--precision", "bf16")
+    rows = re.findall(r"^diffusers (\w+), 1 step .* [\d.]+x our time", text, re.M)
+    assert rows == ["float32", "bfloat16"] * 2
+
+
+@pytest.mark.parametrize("flags", [["--batch-sizes", "0"], ["--batch-sizes", "1,x"], ["--presets"]])
+def test_wrong_flags_are_one_line(flags, capsys):
+    """A wrong flag ends with status 2 and one line."""
+    with pytest.raises(SystemExit) as ended:
+        benchmark.parse_args(flags)
+    assert ended.value.code == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+# ---- figures ----
+
+LEFT, TOP, SIDE, STEP = 12, 12 + 28 + 20, 129, 135  # of the first tile; from column to column
+ROW = SIDE + 20 + 6
+
+
+@pytest.fixture
+def draw(tmp_path):
+    """A function of flags: draws the figure of a tiny model -> uint8 (H, W, 3)."""
+    image, mask = draw_demo(1, 50)
+    Image.fromarray(image[:40]).save(tmp_path / "image.png")
+    Image.fromarray(mask[:40] * 255).save(tmp_path / "mask.png")
+
+    def run(*flags, **changes):
+        file, out = save_tiny(tmp_path / "tiny.safetensors", **changes), tmp_path / "docs/out.png"
+        fixed = ["--model", file, "--device", "cpu", "--out", str(out)]
+        figures.main(figures.parse_args([*fixed, *map(str, flags)]))
+        return np.asarray(Image.open(out))
+
+    return run
+
+
+def tile(figure, row, column):
+    x, y = LEFT + column * STEP, TOP + row * ROW
+    return figure[y : y + SIDE, x : x + SIDE]
+
+
+def test_the_layout(draw):
+    """Image and mask are at the top left, the figure is 960 wide, and its margins are white."""
+    figure = draw()
+    image, mask = draw_demo(0, 32)
+    assert figure.shape[1:] == (960, 3)
+    for shown, column in ((image, 0), (np.stack([mask * 255] * 3, 2), 1)):
+        expected = np.asarray(Image.fromarray(shown).resize((SIDE, SIDE), Image.Resampling.NEAREST))
+        assert np.array_equal(tile(figure, 0, column), expected)
+    for edge in (figure[:12], figure[-6:], figure[:, :11], figure[:, -6:]):
+        assert (edge == 255).all()
+
+
+def test_noise_grows_from_left_to_right(draw):
+    """The first z_t is close to z_0, which is below the mask, and the last is far from it."""
+    figure = draw().astype(int)
+    distance = [abs(tile(figure, 0, 2 + i) - tile(figure, 1, 1)).mean() for i in range(5)]
+    assert distance == sorted(distance)
+    assert distance[-1] > 3 * distance[0]
+
+
+def test_ddim_begins_with_the_single_step_and_ends_with_the_sample():
+    """The first z_0 estimate is that of one step, the last is what `ddim_sample` returns."""
+    model, noise, z_c = tiny(), torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 4)
+    timesteps = ddim_timesteps(10)
+    with torch.no_grad():
+        estimates = figures.ddim_estimates(model, noise, z_c, timesteps)
+        assert len(estimates) == 10
+        assert torch.equal(estimates[:1], model.ddim_sample(noise, z_c, [999]))
+        assert torch.equal(estimates[-1:], model.ddim_sample(noise, z_c, timesteps))
+
+
+def test_an_image_of_the_user_with_and_without_its_mask(draw, tmp_path):
+    """An image of any shape is drawn with its own mask, or without one with the model's."""
+    with_mask = draw(tmp_path / "image.png", "--mask", tmp_path / "mask.png")
+    without = draw(tmp_path / "image.png")
+    assert np.array_equal(tile(with_mask, 0, 0), tile(without, 0, 0))
+    assert with_mask.shape == without.shape
+
+
+def test_several_classes(draw, tmp_path):
+    """A model of three classes has its mask drawn in its three colours."""
+    ids = np.arange(3, dtype=np.uint8).repeat(16).reshape(1, 48).repeat(48, 0)
+    Image.fromarray(ids).save(tmp_path / "mask.png")
+    Image.new("RGB", (48, 48)).save(tmp_path / "image.png")
+    flags = tmp_path / "image.png", "--mask", tmp_path / "mask.png"
+    shown = tile(draw(*flags, classes=("background", "a", "b")), 0, 1)
+    colours = ((class_colours(3) + 1) * 127.5).round().byte().numpy()
+    assert [shown[64, 20 + 43 * i].tolist() for i in range(3)] == colours.tolist()
+
+
+def test_figures_that_cannot_be_drawn_are_refused(draw, tmp_path):
+    """A mask alone, of another size, a missing file, a wrong ending, an input as output."""
+    image, mask, small = (tmp_path / f"{name}.png" for name in ("image", "mask", "small"))
+    Image.new("L", (9, 9)).save(small)
+    for flags, message in (
+        (["--mask", mask], "without its image"),
+        ([image, "--mask", small], "must match"),
+        ([tmp_path / "none.png"], "none.png"),
+        (["--out", tmp_path / "figure.jpg"], "ends in .png"),
+        ([image, "--mask", mask, "--out", image], "image or its mask"),
+        ([image, "--mask", mask, "--out", mask], "image or its mask"),
+    ):
+        with pytest.raises(UserError, match=message):
+            draw(*flags)

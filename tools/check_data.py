@@ -1,0 +1,110 @@
+"""Check a data set before anyone trains on it: `python -m tools.check_data --data cvc`.
+
+Prints the size and the class shares of each part, and all that is odd: files that cannot be read,
+masks that may lie elsewhere than their image, images in two parts, no foreground. The exit status
+is 1 if anything is odd. A contact sheet shows some cases of each part. With `--list test`, it
+prints the names of that part only.
+"""
+
+import os
+
+import numpy as np
+
+from data import find, load_case
+from support.cli import ArgumentParser, Progress, UserError, run_command
+from support.folders import PARTS, image_hashes
+from support.images import resize_image, resize_mask, write_image
+from support.panels import contact_sheet
+from support.volumes import in_mm, read_volume
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser("Check a data set: sizes, class shares, what is odd, a contact sheet.")
+    add = parser.add_argument
+    add("--data", required=True, help="cvc, kvasir, refuge2, btcv, btcv-organs, sts3d, demo, "
+        "several as a+b, or a folder")  # fmt: skip
+    add("--root", default="data", help="where the data sets are")
+    add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
+    add("--list", choices=PARTS, help="only print the names of this part")
+    add("--out", default="contact_sheet.png", help="the contact sheet")
+    return parser.parse_args(argv)
+
+
+def tile(image, ids, side=112):
+    """A case's image and mask, of a volume the middle slice with foreground, side x side."""
+    if ids.ndim == 3:
+        filled = np.flatnonzero(ids.any((1, 2)))
+        z = filled[len(filled) // 2] if len(filled) else len(ids) // 2
+        image, ids = image[z], ids[z]
+    return resize_image(image, side), resize_mask(ids, side)
+
+
+def describe(spec, part, problems):
+    """Print a part's line and append what is odd to `problems` -> tiles of up to 8 cases."""
+    pixels, sizes, empty, tiles = np.zeros(len(spec.classes)), set(), [], []
+    cases = spec.splits[part]
+    progress = Progress(len(cases), f"{part} cases checked")
+    for n, case in enumerate(cases):
+        progress.step()
+        try:
+            image, ids = load_case(case, spec, problems)
+        except UserError as error:
+            problems.append(f"cannot be used: {error}")
+            continue
+        pixels += np.bincount(ids.ravel(), minlength=len(pixels))
+        sizes.add(ids.shape[::-1])
+        if not ids.any():
+            empty.append(case.name)
+        if n % max(1, len(cases) // 8) == 0 and len(tiles) < 8:
+            tiles.append(tile(image, ids))
+    if not sizes:
+        print(f"{part:5}  {len(cases)} cases, none of them can be used")
+        return tiles
+    shares = ", ".join(f"{c} {100 * p:.2f} %" for c, p in zip(spec.classes, pixels / pixels.sum()))
+    span = " to ".join(" x ".join(map(str, s)) for s in sorted({min(sizes), max(sizes)}))
+    names = f": {', '.join(empty[:5])}{', ..' if len(empty) > 5 else ''}" if empty else ""
+    print(f"{part:5}  {len(cases)} cases, {span}; {shares}; {len(empty)} empty masks{names}")
+    if part == "train" and not pixels[1:].any():
+        problems.append("no training mask holds any foreground")
+    return tiles
+
+
+def duplicates(spec):
+    """Lines on images with the same bytes in two different parts."""
+    first = {}
+    for part in PARTS:
+        for case, digest in zip(spec.splits[part], image_hashes(spec.splits[part])):
+            other, name = first.setdefault(digest, (part, case.name))
+            if other != part:
+                yield f"same image in two parts: {other} {name} and {part} {case.name}"
+
+
+def main(args):
+    spec = find(args.data, args.root, args.split)
+    files = {os.path.realpath(p) for cases in spec.splits.values() for c in cases
+             for p in (c.image, c.mask) if p}  # fmt: skip
+    if os.path.realpath(args.out) in files:
+        raise UserError(f"{args.out}: is one of the data set's files; choose another --out")
+    if args.list:
+        print("\n".join(case.name for case in spec.splits[args.list]))
+        return 0
+    window = ", intensity window {:g} to {:g}".format(*spec.window) if spec.window else ""
+    crop = ", cut to twice the optic disc of the mask" if spec.label_format == "cup" else ""
+    print(f"{spec.name}: {len(spec.classes)} classes ({', '.join(spec.classes)}){window}{crop}")
+    problems = []
+    rows = [describe(spec, part, problems) for part in PARTS]
+    problems += duplicates(spec)
+    if spec.volumes and not problems:
+        case = spec.splits["test"][0]
+        print(f"spacing of {case.name}: {in_mm(read_volume(case.image)[1].spacing)}")
+    if spec.not_read:
+        print(spec.not_read)
+    print("\n".join([*problems, f"odd: {len(problems) or 'nothing'}"]))
+    if any(rows):
+        write_image(args.out, contact_sheet([row for row in rows if row], len(spec.classes)))
+        print(f"contact sheet: {args.out}")
+    return 1 if problems else 0
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(parse_args()))

@@ -1,0 +1,426 @@
+"""Score a trained model: `python -m tools.evaluate --data cvc --model runs/cvc/model.safetensors`.
+
+Every image (2-D) or volume (3-D) is a case, scored at the file's own resolution: cases.csv,
+gallery.png, summary.json and a table with 95 % intervals. Cases that the model was trained on are
+left out. On request also the difference from another run, the paper's stability (Table 5),
+efficiency (Table 4), and Dice against DDIM steps (Figure 3).
+Letters: N runs from different noise, K classes, Z slices.
+"""
+
+import contextlib
+import csv
+import itertools
+import json
+import platform
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from nibabel.affines import voxel_sizes
+from PIL import Image, ImageDraw
+
+from data import find, load_case
+from infer import segment_images
+from sdseg import SDSeg
+from support import metrics
+from support.cli import ArgumentParser, Progress, UserError, atomic_write, positive_int, run_command
+from support.device import device_name, find_device
+from support.folders import PARTS, file_hash, image_hashes, load_mask, natural_sort_key
+from support.images import write_image
+from support.panels import fit_tile, plot_curve, to_uint8
+from tools import stability
+
+TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95", "benchmark_dice": "PraNet's mDice"}
+REGIONS = ("lesions", "found", "missed", "false")
+CURVE = (1, 2, 3, 5, 10, 20, 50)  # DDIM steps of Figure 3
+TILE = 192  # pixels a side in the gallery
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser("Score a trained model on a data set; see also the README.")
+    add = parser.add_argument_group("what is scored").add_argument
+    add("--data", required=True, help="cvc, kvasir, refuge2, btcv, sts3d, demo, a+b, or a folder")
+    add("--model", required=True, metavar="FILE", help="weights that train.py wrote")
+    add("--root", default="data", help="the folder that holds the data sets")
+    add("--part", default="test", choices=PARTS, help="the part to score")
+    add("--split", choices=["random", "sequence"], help="default: as in the model's training")
+    add("--limit", type=positive_int, metavar="N", help="only the first N cases")
+    add("--against", metavar="CSV", help="another run's cases.csv, to compare with case by case")
+    add("--out", metavar="DIR", help="where the results go (default: beside the model)")
+
+    add = parser.add_argument_group("how it is segmented").add_argument
+    add("--steps", type=positive_int, default=1, help="DDIM steps: network calls per sample")
+    add("--samples", type=positive_int, default=1, help="samples per image, averaged")
+    spacing = "of the DDIM steps; leading is the published code's, for comparison"
+    add("--spacing", default="trailing", choices=["trailing", "leading"], help=spacing)
+    add("--seed", type=int, default=0, help="of the noise; repeats use the seeds after it")
+
+    add = parser.add_argument_group("further measurements").add_argument
+    add("--stability", type=positive_int, metavar="N", help="compare N seeds (Table 5)")
+    add("--efficiency", action="store_true", help="measure speed and memory (Table 4)")
+    add("--curve", action="store_true", help=f"Dice against {CURVE} DDIM steps (Figure 3)")
+
+    add = parser.add_argument_group("machine").add_argument
+    add("--batch-size", type=positive_int, default=8, help="images or slices at a time")
+    precision = "of the networks; auto: the fastest that keeps the masks"
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help=precision)
+    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    args = parser.parse_args(argv)
+    if args.stability == 1:
+        parser.error("--stability 1: one run has nothing to be compared with; give 2 or more")
+    return args
+
+
+# ---- cases ----
+
+
+def cases_to_score(args, config, spec):
+    """The part's cases without those that the model was trained on. Raises UserError if none is
+    left. The training part is scored whole, to compare it with the others.
+    """
+    cases = spec.splits[args.part]
+    if not cases:
+        raise UserError(f"{spec.name}: its {args.part} part is empty")
+    entries = config.trained_on or (f"{config.data}/{config.split}",)
+    trained_on = set(entries)
+    for entry in entries:
+        if "/" in entry:  # a data set and its split instead of hashes
+            trained_on |= old_training_hashes(*entry.rsplit("/", 1), args.root)
+    if config.data == spec.name and not config.trained_on and len(trained_on) == 1:
+        print("the model does not say which images of this data set it was trained on")
+    hashes = zip(cases, image_hashes(cases))
+    unseen = tuple(case for case, digest in hashes if digest not in trained_on)
+    seen = len(cases) - len(unseen)
+    if args.part == "train":
+        print(f"the model was trained on {seen} of these {len(cases)} cases")
+        return cases[: args.limit]
+    if seen:
+        print(f"left out {seen} of {len(cases)} cases: the model was trained on them")
+    if not unseen:
+        raise UserError(f"{args.model}: no case is left to score; choose another --part or --data")
+    return unseen[: args.limit]
+
+
+def old_training_hashes(data, split, root):
+    """The hashes of the training images of a model file that does not hold them: the split of its
+    time is repeated. A data set that is not on this disk is not scored either.
+
+    This can go when weights/nano.safetensors, the last such file in use, has been replaced.
+    """
+    hashes, shares = set(), {"cvc": 62 / 612, "kvasir": 0.1}
+    for name in shares.keys() & data.split("+"):
+        by_video = name == "cvc" and split == "sequence"
+        with contextlib.suppress(UserError):
+            splits = find(name, root, split if by_video else "random").splits
+            cases = sorted(sum(splits.values(), ()), key=lambda c: natural_sort_key(c.name))
+            random.Random(0).shuffle(cases)
+            old = cases[: len(cases) - 2 * round(len(cases) * shares[name])]
+            hashes.update(image_hashes(splits["train"] if by_video else old))
+    return hashes
+
+
+def items_of(spec, cases):
+    """The images, or the slices of the volumes, of cases [(number, case), ...]: yield the case's
+    number, image (H, W, 3) uint8, truth (H, W) class ids, and whether the case ends with it.
+    """
+    for number, case in cases:
+        image, truth = load_case(case, spec)
+        if not spec.volumes:
+            image, truth = image[None], truth[None]
+        for i in range(len(image)):
+            yield number, image[i], truth[i], i == len(image) - 1
+
+
+# ---- scores ----
+
+
+def segmented(model, spec, cases, args, steps, seeds):
+    """Yield every item, see `items_of`, and its N probability tensors (C, H, W), one per seed."""
+    stream = items_of(spec, enumerate(cases))
+    while batch := list(itertools.islice(stream, args.batch_size)):
+        images, settings = [image for _, image, _, _ in batch], (steps, args.samples)
+        runs = [segment_images(model, images, *settings, seed, args.spacing) for seed in seeds]
+        yield from zip(batch, zip(*runs))
+
+
+def score(model, spec, cases, args, steps, seeds, similarity=None):
+    """Segment every case once per seed -> pixel counts (N, cases, K - 1, 3), and a list of what
+    `case_details` says of each case in the first run.
+    """
+    k, counts, details, slices = len(spec.classes), [], [], []
+    progress = Progress(len(cases), "cases")
+    for (number, _, truth, last), probs in segmented(model, spec, cases, args, steps, seeds):
+        ids = [model.class_ids(p).numpy() for p in probs]
+        if similarity:
+            similarity(number, ids, probs)
+        slices.append((truth, *ids))
+        if last:
+            truth, *masks = (np.stack(x) if spec.volumes else x[0] for x in zip(*slices))
+            counts.append([metrics.pixel_counts(mask, truth, k) for mask in masks])
+            spacing = slice_spacing(cases[number]) if spec.volumes else (1, 1)
+            details.append(case_details(masks[0], truth, k, spacing))
+            if k == 2 and not spec.volumes:
+                details[-1]["benchmark_dice"] = metrics.benchmark_dice(probs[0][0].numpy(), truth)
+            slices = []
+            progress.step()
+    return np.stack(counts, 1), details
+
+
+def slice_spacing(case):
+    """The millimetres between a volume's slices, between their rows and between their columns."""
+    _, geometry = load_mask(case)
+    return voxel_sizes(geometry.ras_affine)[::-1]
+
+
+def case_details(prediction, truth, k, spacing):
+    """What pixel counts do not tell about two maps of class ids: HD95 of each class, connected
+    regions of all classes, and the share of the pixels that is marked as foreground.
+    """
+    pairs = [metrics.crop_to_both(prediction == c, truth == c) for c in range(1, k)]
+    count = metrics.count_components
+    regions = np.sum([count(t, p) + count(p, t) for p, t in pairs], 0)
+    lesions, found, predicted, true = regions.tolist()
+    return {
+        "hd95": [metrics.hd95(p, t, spacing) for p, t in pairs],
+        **dict(zip(REGIONS, (lesions, found, lesions - found, predicted - true))),
+        "marked": np.count_nonzero(prediction) / prediction.size,
+    }
+
+
+def case_columns(counts, details, classes):
+    """Counts (cases, K - 1, 3) and details of the cases -> {column of cases.csv: (cases,)}.
+
+    nan where a number is undefined, and for a class that no truth holds. A case's Dice, IoU and
+    HD95 are means over the other classes.
+    """
+    details = {name: np.array([case[name] for case in details]) for name in details[0]}
+    scores = {
+        "dice": metrics.dice_from_counts(counts),
+        "iou": metrics.iou_from_counts(counts),
+        "hd95": details.pop("hd95"),
+    }
+    scores = {name: stability.held_only(values, counts) for name, values in scores.items()}
+    columns = {name: stability.mean_over_classes(values) for name, values in scores.items()}
+    columns |= details
+    for i, c in enumerate(classes[1:] if len(classes) > 2 else []):
+        columns |= {f"{name} {c}": values[:, i] for name, values in scores.items()}
+    return columns
+
+
+def summarise(values, groups):
+    """(cases,) with nan where undefined -> {"mean", "std", "low", "high", "n"} of the others;
+    low and high are the ends of the mean's 95 % interval.
+    """
+    defined = ~np.isnan(values)
+    low, high = metrics.bootstrap_interval(values[defined], groups[defined])
+    return stability.mean_std(values) | {"low": low, "high": high, "n": int(defined.sum())}
+
+
+# ---- comparison with another run ----
+
+
+def read_against(path, cases):
+    """Another run's cases.csv -> {name: Dice}. Raises UserError if it shares no case with ours."""
+    try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
+            other = {row["case"]: float(row["dice"] or "nan") for row in csv.DictReader(file)}
+    except (KeyError, TypeError, ValueError, csv.Error):
+        raise UserError(f"{path}: not a cases.csv; it needs the columns case and dice") from None
+    if not other.keys() & {case.name for case in cases}:
+        raise UserError(f"{path}: holds none of the {len(cases)} cases that are scored here")
+    return other
+
+
+def compare(path, other, cases, dice, groups):
+    """Print and return the summary of our Dice minus the other run's, case by case."""
+    ours = dice.round(6).tolist()  # as in the file
+    difference = [d - other.get(case.name, np.nan) for case, d in zip(cases, ours)]
+    s = summarise(np.array(difference), groups)
+    s |= {"file": path, "only_here": len(cases) - s["n"], "only_there": len(other) - s["n"]}
+    alone = f"{s['only_here']} are only here, {s['only_there']} only there"
+    print(f"Dice minus that of {path}: mean {text(s['mean'])}, 95 % interval {span(s)},")
+    print(f"over {s['n']} cases that both runs hold; {alone}.")
+    return s
+
+
+# ---- results ----
+
+
+def gallery(model, spec, cases, dice, args):
+    """The four worst cases and four in the middle: image | truth | prediction. -> (H, W, 3) uint8.
+
+    dice (cases,). A volume shows the slice with the most foreground.
+    """
+    canvas = Image.new("RGB", (6 * TILE + 32, 4 * (TILE + 20) + 20), "white")
+    draw = ImageDraw.Draw(canvas)
+    order, middle = np.argsort(dice, kind="stable"), max(len(dice) // 2 - 2, 0)
+    settings = args.steps, args.samples, args.seed, args.spacing
+    for left, title, begin in ((0, "worst", 0), (3 * TILE + 28, "median", middle)):
+        draw.text((left + 4, 4), f"{title}: image | truth | prediction", fill="black")
+        for row, number in enumerate(order[begin : begin + 4]):
+            items = items_of(spec, [(number, cases[number])])
+            _, image, truth, _ = max(items, key=lambda item: np.count_nonzero(item[2]))
+            prob = segment_images(model, [image], *settings)[0]
+            masks = torch.from_numpy(np.stack([truth, model.class_ids(prob)])).long()
+            masks = to_uint8(model.labels_to_rgb(masks.to(model.device)))
+            y = 20 + row * (TILE + 20)
+            name = cases[number].name.encode("ascii", "replace").decode()[-60:]
+            draw.text((left + 4, y + 4), f"{name}  Dice {text(dice[number])}", fill="black")
+            canvas.paste(fit_tile(image, TILE, Image.Resampling.BICUBIC), (left, y + 20))
+            for i, mask in enumerate(masks, 1):
+                mask = fit_tile(mask, TILE, Image.Resampling.NEAREST)
+                canvas.paste(mask, (left + i * (TILE + 2), y + 20))
+    return np.asarray(canvas)
+
+
+def write_csv(path, header, rows):
+    """Numbers are rounded to 6 digits, nan is an empty cell."""
+    rows = [["" if v != v else round(v, 6) if isinstance(v, float) else v for v in r] for r in rows]
+    with (
+        atomic_write(path) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        csv.writer(file).writerows([header, *rows])
+
+
+def table(*rows):
+    """Print rows of texts and numbers in aligned columns."""
+    rows = [[text(value) for value in row] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("   ".join(word.ljust(n) for word, n in zip(row, widths)).rstrip())
+    print()
+
+
+def text(value):
+    """A number with 4 digits, {"mean", "std"} as mean (std), "-" for None and nan."""
+    if isinstance(value, dict):
+        return f"{text(value['mean'])} ({text(value['std'])})"
+    if value is None or value != value:
+        return "-"
+    return f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def span(summary):
+    """The ends of a 95 % interval."""
+    if summary["low"] is None:
+        return "-"
+    return f"{text(summary['low'])} to {text(summary['high'])}"
+
+
+def results_folder(args, name):
+    if args.out:
+        return Path(args.out)
+    settings = "" if args.steps == args.samples == 1 else f"-{args.steps}x{args.samples}"
+    settings += "-leading" if args.spacing == "leading" else ""
+    settings += "-sequence" if args.split == "sequence" else ""
+    settings += f"-first{args.limit}" if args.limit else ""
+    return Path(args.model).parent / f"eval-{name.replace('+', '-')}-{args.part}{settings}"
+
+
+def print_scores(spec, summary, columns):
+    """Print the table of a run, and what its numbers leave out."""
+    scores, n, groups = summary["scores"], summary["n"], summary["groups"]
+    unit = summary["unit"] + "s"
+    settings = "{part} part, {split} split, DDIM steps {steps}, samples {samples}"
+    print(f"{spec.name}, {settings.format(**summary)}: {n} {unit} in {groups} groups")
+    rows = []
+    for name, s in scores.items():
+        kind, space, of_class = name.partition(" ")
+        rows.append((TITLES[kind] + space + of_class, s["mean"], s["std"], span(s), s["n"]))
+    table((", ".join(spec.classes[1:]), "mean", "std", "95 % interval", unit), *rows)
+    few = " With fewer than 10 it is too narrow; with one there is none." if groups < 10 else ""
+    print(f"Interval of the mean: bootstrap over groups (videos, patients or single {unit}).{few}")
+    absent = [c for c in spec.classes[1:] if not scores.get(f"dice {c}", scores["dice"])["n"]]
+    if absent:
+        print(f"Left out, because no truth of this part holds it: {', '.join(absent)}.")
+    length = "millimetres" if spec.volumes else "pixels"
+    print(f"HD95 is in {length}, over the {unit} where neither mask is empty.")
+    regions = "{lesions} in the truth, {found} found, {missed} missed; {false} false ones predicted"
+    print(f"Connected regions: {regions.format(**summary['regions'])}.")
+    empty = columns["marked"][columns["lesions"] == 0]
+    if len(empty):
+        marked = f"{np.count_nonzero(empty)} of them are marked, {empty.mean():.2%} of their pixels"
+        print(f"{len(empty)} {unit} have an empty truth: {marked} on average.")
+
+
+def main(args):
+    # 1. The model, the cases, and where the results go
+    device = find_device(args.device)
+    model = SDSeg.load(args.model, device, args.precision)
+    config = model.config
+    if args.split is None:  # that of the training, so that few cases are left out
+        args.split = config.split if "cvc" in args.data.split("+") else "random"
+    spec = replace(find(args.data, args.root, args.split), window=config.window)
+    classes = spec.classes
+    if len(classes) != len(config.classes) or (len(classes) > 2 and classes != config.classes):
+        ours, theirs = ", ".join(config.classes), ", ".join(classes)
+        raise UserError(f"{args.model}: segments {ours}; {spec.name} has {theirs}")
+    cases = cases_to_score(args, config, spec)
+    groups = np.array([case.group for case in cases])
+    other = read_against(args.against, cases) if args.against else None
+    out = results_folder(args, spec.name)
+    out.mkdir(parents=True, exist_ok=True)
+    settings = ("data", "part", "split", "model", "steps", "samples", "spacing", "seed")
+    summary = {
+        **{k: getattr(args, k) for k in (*settings, "batch_size", "precision")},
+        "sha256": file_hash(args.model),
+        "unit": "volume" if spec.volumes else "image",
+        "n": len(cases),
+        "groups": len(set(groups)),
+        "device": device_name(device),
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+    }
+
+    # 2. Efficiency, first because the peak of a process's memory never falls again
+    if args.efficiency:
+        runs = dict.fromkeys([(1, 1), (10, 1), (args.steps, args.samples)])
+        rows = [stability.efficiency(model, device, args.batch_size, *run) for run in runs]
+        summary["efficiency"] = rows
+        table(rows[0], *(row.values() for row in rows))
+
+    # 3. Dice and the other scores, with one seed or several
+    seeds = range(args.seed, args.seed + (args.stability or 1))
+    similarity = stability.Similarity(len(cases), device) if args.stability else None
+    totals, details = score(model, spec, cases, args, args.steps, seeds, similarity)
+    columns = case_columns(totals[0], details, classes)
+    scored = [name for name in columns if name.split()[0] in TITLES]
+    summary["scores"] = {name: summarise(columns[name], groups) for name in scored}
+    summary["regions"] = {name: int(columns[name].sum()) for name in REGIONS}
+    rows = zip(cases, *(column.tolist() for column in columns.values()))
+    rows = [(case.name, case.group, *numbers) for case, *numbers in rows]
+    write_csv(out / "cases.csv", ("case", "group", *columns), rows)
+    write_image(out / "gallery.png", gallery(model, spec, cases, columns["dice"], args))
+    print_scores(spec, summary, columns)
+    if other:
+        summary["against"] = compare(args.against, other, cases, columns["dice"], groups)
+
+    # 4. Stability and curve
+    if similarity:
+        spread, levels = stability.dice_spread(totals), similarity.summary()
+        summary["stability"] = {"dice": spread, **levels}
+        mean, deviation = text(spread["data_set"]), text(spread["instance"])
+        print(f"{args.stability} seeds: mean Dice {mean}, deviation of one case's Dice {deviation}")
+        rows = [(name, *level.values()) for name, level in levels.items()]
+        table(("between seeds", "data set", "instance", "pairs", "left out"), *rows)
+        print("Left out: pairs of identical images, because their PSNR is infinite.")
+    if args.curve and summary["scores"]["dice"]["n"]:
+        header, rows = ("steps", "dice", "dice std", "iou", "iou std"), []
+        for steps in CURVE:
+            totals, details = score(model, spec, cases, args, steps, [args.seed])
+            columns = case_columns(totals[0], details, classes)
+            dice, iou = (stability.mean_std(columns[name]) for name in ("dice", "iou"))
+            rows.append((steps, *dice.values(), *iou.values()))
+        summary["curve"] = [dict(zip(header, row)) for row in rows]
+        write_csv(out / "curve.csv", header, rows)
+        write_image(out / "curve.png", plot_curve(CURVE, [row[1] for row in rows]))
+        table(header, *rows)
+    with atomic_write(out / "summary.json") as path:
+        path.write_text(json.dumps(summary, indent=1, allow_nan=False))
+    print(f"results in {out}")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(parse_args()))

@@ -1,0 +1,171 @@
+"""Draw the method: `python -m tools.figures [image.png --mask mask.png] --out method.png`.
+
+Above, training (Figure 1 of the paper): the latents of the image and of its mask, the mask latent
+with noise at several t, and what one network call makes of each. Below, inference (Figure 2): the
+z_0 estimate after each step of DDIM from pure noise; the first is the single-step result. Latents
+have false colours: three of the four channels, grey at 0, full colour at 2.5.
+"""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw, ImageFont
+
+from data import load_case
+from sdseg import SDSeg, T, ddim_timesteps
+from support.cli import ArgumentParser, UserError, run_command, seed_int
+from support.demo_data import draw_demo
+from support.device import find_device
+from support.folders import Case, DatasetSpec, find_label_format
+from support.images import read_image, resize_image, resize_mask, write_image
+from support.metrics import dice
+from support.panels import overlay, to_uint8
+from support.weights import DEFAULT_WEIGHTS
+
+LEVELS = (99, 299, 499, 749, T - 1)  # t of the upper half
+FULL = 2.5  # the value of a latent that gets the full colour; of z_c, in standard deviations
+WIDTH, MARGIN, GAP = 960, 12, 6  # pixels
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser("Draw how a model goes from noise to a mask, as one PNG.")
+    add = parser.add_argument
+    add("image", nargs="?", help="the image (default: one of the demo data set)")
+    add("--mask", metavar="FILE", help="its true mask (default: what the model predicts)")
+    add("--model", metavar="FILE", help="weights (default: weights/nano.safetensors, which ships)")
+    add("--out", default="docs/method.png", metavar="FILE", help="the PNG to write")
+    add("--seed", type=seed_int, default=0, help="of the noise, and of the demo image")
+    add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    return parser.parse_args(argv)
+
+
+def load_pair(args, size, classes):
+    """-> image uint8 (size, size, 3), class ids uint8 (size, size) or None. Raises UserError."""
+    if args.image is None:
+        if args.mask:
+            raise UserError(f"{args.mask}: a mask without its image; give the image too")
+        return draw_demo(args.seed, size)
+    if args.mask is None:
+        return resize_image(read_image(args.image), size), None
+    case = Case("", Path(args.image), Path(args.mask))
+    label_format, _, palette = find_label_format([case], classes)
+    spec = DatasetSpec("", {}, classes, label_format, palette=palette)
+    image, ids = load_case(case, spec)
+    return resize_image(image, size), resize_mask(ids, size)
+
+
+# ---- how it is drawn: strips of the whole width, one below another ----
+
+
+def blank(height):
+    return Image.new("RGB", (WIDTH, height), "white")
+
+
+def write(strip, x, text, size, colour="black"):
+    """Write on a strip. The character after an underscore is a subscript."""
+    draw = ImageDraw.Draw(strip)
+    first, *others = text.split("_")
+    words = [(first, size, 0)]
+    for part in others:
+        words += [(part[:1], round(0.75 * size), 0.4 * size), (part[1:], size, 0)]
+    for word, size, drop in words:
+        font = ImageFont.load_default(size)
+        draw.text((x, drop), word, fill=colour, font=font)
+        x += draw.textlength(word, font) + (drop > 0)
+    return strip
+
+
+def heading(text):
+    return write(blank(28), MARGIN, text, 16)
+
+
+def row(labelled):
+    """[(label, PIL image), ..] -> a strip of the images, each below its label."""
+    step = (WIDTH - 2 * MARGIN + GAP) / len(labelled)
+    side = round(step) - GAP
+    strip = blank(20 + side + GAP)
+    for i, (label, image) in enumerate(labelled):
+        x = MARGIN + round(i * step)
+        write(strip, x, label, 13, (70, 70, 70))
+        strip.paste(image.resize((side, side), Image.Resampling.BOX), (x, 20))
+    return strip
+
+
+def tiles(x):
+    """x (B, 3 or 4, H, W) in [-1, 1] -> B PIL images of the first three channels."""
+    return [Image.fromarray(array) for array in to_uint8(x[:, :3])]
+
+
+# ---- what is drawn ----
+
+
+def ddim_estimates(model, z_t, z_c, timesteps):
+    """DDIM as in `SDSeg.ddim_sample` -> the z_0 estimates of all N steps (N, 4, h, w)."""
+    estimates, levels = [], [model.alphas_cumprod[t].item() for t in timesteps[1:]] + [1.0]
+    for step, alpha_bar_next in zip(timesteps, levels):
+        t = torch.tensor([step], device=z_t.device)
+        out = model.predict(z_t, t, z_c)
+        estimates.append(model.predict_z0(z_t, t, out))
+        z_t = model.ddim_step(z_t, t, out, alpha_bar_next)
+    return torch.cat(estimates)
+
+
+@torch.no_grad()
+def draw_method(model, image, ids, seed):
+    """image uint8 (S, S, 3), class ids uint8 (S, S) or None -> the figure, uint8 (H, 960, 3)."""
+    # 1. Inference; the first estimate is the single step's
+    x = torch.tensor(image, device=model.device).permute(2, 0, 1)[None] / 127.5 - 1
+    z_c = model.encode_image(x)
+    noise = torch.randn(z_c.shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
+    timesteps = ddim_timesteps(10)
+    estimates = ddim_estimates(model, noise, z_c, timesteps)
+    predicted = model.class_ids(model.probabilities(model.decode_mask(estimates[:1])))[0]
+
+    # 2. Training: z_t, and what one network call makes of it
+    mask_label = "mask X (predicted)" if ids is None else "mask X"
+    mask = predicted if ids is None else torch.tensor(ids, device=model.device)
+    z_0 = model.encode_mask(mask[None].long())
+    t = torch.tensor(LEVELS, device=model.device)
+    z_t = model.q_sample(z_0, t, noise)
+    guesses = model.predict_z0(z_t, t, model.predict(z_t, t, z_c.expand(len(t), -1, -1, -1)))
+
+    def decoded(z):
+        rgb, k = model.decode_mask(z), len(model.config.classes)
+        scores = [dice(i, mask, k).mean() for i in model.class_ids(model.probabilities(rgb))]
+        return [(f"D, Dice {score:.2f}", image) for score, image in zip(scores, tiles(rgb))]
+
+    # 3. The drawing
+    strips = [
+        blank(MARGIN),
+        heading("Training: noise on the mask latent z_0, and what one network call makes of it"),
+        row([("image C", Image.fromarray(image)),
+             (mask_label, *tiles(model.labels_to_rgb(mask[None].long()))),
+             *((f"z_t, t = {t}", image) for t, image in zip(LEVELS, tiles(z_t / FULL)))]),
+        row([("z_c = tau(C)", *tiles(z_c / z_c.std() / FULL)), ("z_0 = E(X)", *tiles(z_0 / FULL)),
+             *(("z_0 estimate", image) for image in tiles(guesses / FULL))]),
+        row([("mask of one step", Image.fromarray(overlay(image, predicted.cpu().numpy()))),
+             ("D(z_0)", *tiles(model.decode_mask(z_0))), *decoded(guesses)]),
+        blank(2 * GAP),
+        heading("Inference: z_0 estimates of DDIM from noise; the first is the single-step result"),
+        row([(f"t = {t}", image) for t, image in zip(timesteps, tiles(estimates / FULL))]),
+        row(decoded(estimates)),
+        blank(MARGIN - GAP),
+    ]  # fmt: skip
+    return np.concatenate([np.asarray(strip) for strip in strips])
+
+
+def main(args):
+    if Path(args.out).suffix.lower() != ".png":
+        raise UserError(f"{args.out}: the figure is a PNG; give it a name that ends in .png")
+    if os.path.realpath(args.out) in [os.path.realpath(p) for p in (args.image, args.mask) if p]:
+        raise UserError(f"{args.out}: is the image or its mask; choose another --out")
+    model = SDSeg.load(args.model or DEFAULT_WEIGHTS, find_device(args.device))
+    image, ids = load_pair(args, model.config.image_size, model.config.classes)
+    write_image(args.out, draw_method(model, image, ids, args.seed))
+    print(f"{args.out}: written")
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(parse_args()))
