@@ -101,7 +101,8 @@ class LatentCache:
         z_0 = [self.known.get(key) for key in keys]
         for i, key in enumerate(keys):
             if z_0[i] is None:
-                z_0[i] = self.encode(mask[i : i + 1])
+                with torch.autocast(mask.device.type, enabled=False):
+                    z_0[i] = self.encode(mask[i : i + 1])
                 if len(self.known) < self.max_entries:
                     self.known[key] = z_0[i]
         return torch.cat(z_0)

@@ -228,14 +228,16 @@ def load_mask(case):
 def class_ids(mask, spec, path):
     """Mask -> uint8 class ids. Raises UserError for values that do not belong to the data set.
 
-    `label_format`: "binary" is black and white, "nonzero" makes one class of all values above 0,
-    "cup" takes 0 as the optic cup, "ids" are the class ids themselves.
+    `label_format`: "binary" is black and white, or 0 and 1; "nonzero" makes one class of all values
+    above 0; "cup" takes 0 as the optic cup; "ids" are the class ids themselves.
     """
     if spec.label_format == "nonzero":
         return (mask.values > 0).astype(np.uint8)
     if spec.label_format == "cup":
         return (mask.values < 64).astype(np.uint8)
     if spec.label_format == "binary":
+        if not mask.lossy and mask.values.max() == 1:
+            return mask.values
         check_black_and_white(mask, path)
         return (mask.values > 127).astype(np.uint8)
     check_palette(mask, spec.palette, path)

@@ -65,14 +65,15 @@ def open_image(path):
 
 
 def compare_exif(image, mask):
-    """Two image files -> None, or what to know where EXIF turns only one of them."""
-    turned = []
+    """An image and its mask -> None, or what to know where EXIF turns them differently."""
+    orientations = []
     for path in (image, mask):
         with Image.open(path, formats=FORMATS) as file:
-            turned.append(file.getexif().get(EXIF_ORIENTATION, 1))
-    if turned[0] == turned[1]:
+            orientations.append(file.getexif().get(EXIF_ORIENTATION, 1))
+    a, b = orientations
+    if a == b:
         return None
-    return f"EXIF orientation is {turned[0]} in the image, {turned[1]} in its mask; one is turned"
+    return f"EXIF orientation {a} in the image, {b} in its mask: they are turned differently"
 
 
 # ---- images ----
@@ -90,7 +91,7 @@ def finite(values, path):
 
 
 def intensity_window(values):
-    """(low, high): the 0.5 and 99.5 percentiles, so that one burnt-in mark decides nothing."""
+    """(low, high): the 0.5 and 99.5 percentiles, so that a few extreme values decide nothing."""
     sample = values.ravel()[:: max(1, values.size // 1_000_000)]
     return np.percentile(sample, [0.5, 99.5]).tolist()
 
@@ -111,7 +112,11 @@ def read_image(path):
     image = open_image(path)
     if image.mode.startswith(("I", "F")):
         values = finite(np.asarray(image, dtype=np.float32), path)
-        grey = window_to_uint8(values, intensity_window(values))
+        # A burnt-in mark has one extreme value and often covers more than 0.5 %.
+        inner = values[(values > values.min()) & (values < values.max())]
+        grey = window_to_uint8(
+            values, intensity_window(inner if inner.size and np.ptp(inner) else values)
+        )
         return np.repeat(grey[..., None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -387,7 +387,7 @@ def test_the_cache_returns_the_same_items(tmp_path, monkeypatch, capsys):
         patch.setattr(cache, "decode", None)
         assert np.array_equal(first.images, SegmentationData(spec, "train", 16).images)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == lines[1] and "EXIF orientation is 3 in the image, 1 in its mask" in lines[0]
+    assert lines[0] == lines[1] and "EXIF orientation 3 in the image, 1 in its mask" in lines[0]
     assert lines[0].endswith(f"and {len(first) - 1} more")
     for file in sorted((tmp_path / "cache").iterdir()):
         for content in (b"", b"5", file.read_bytes()[:-1]):
