@@ -23,12 +23,11 @@ import torch.nn.functional as F
 
 from sdseg import SDSeg
 from support.cli import (
-    CLEAR_LINE,
     ArgumentParser,
     Progress,
     UserError,
-    one_line,
     positive_int,
+    print_line,
     rank_and_world_size,
     run_command,
     seed_int,
@@ -163,13 +162,6 @@ def report(source, ids, classes, seconds):
     size = " x ".join(map(str, ids.shape[::-1]))
     shares = [f"{name} {(ids == i).mean():.2%}" for i, name in enumerate(classes)][1:]
     print_line(f"{source}: {size}, {', '.join(shares)}, {seconds:.2f} s")
-
-
-def print_line(text, file=None):
-    """Print one line; on a terminal it replaces the progress line."""
-    if sys.stderr.isatty():
-        print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
-    print(one_line(text), file=file, flush=True)
 
 
 def main(args):

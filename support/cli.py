@@ -157,6 +157,13 @@ def print0(text):
         print(text, flush=True)
 
 
+def print_line(text, file=None):
+    """Print one line; on a terminal it replaces the progress line."""
+    if sys.stderr.isatty():
+        print(CLEAR_LINE, end="", file=sys.stderr, flush=True)
+    print(one_line(text), file=file, flush=True)
+
+
 def format_duration(seconds):
     """Seconds as a person says them: 42 s, 3 min 05 s, 2 h 10 min."""
     seconds = int(seconds + 0.5)
