@@ -8,8 +8,6 @@ the one of a checkpoint. Our names are the names of CompVis behind other prefixe
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from sdseg import PRESETS, build_empty, widen_conv_in
 from support.ckpt import read_tensors
 from support.cli import ArgumentParser, UserError, run_command
@@ -33,16 +31,6 @@ KINDS = {  # what it is: a tensor that only it has, its preset, the input channe
 }
 CONV_IN = UNET + "input_blocks.0.0.weight"
 CONTEXT = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
-SDXL = ("conditioner.", UNET + "label_emb.0.", UNET + "add_embedding.")
-IGNORED = {  # how names begin: what is not taken; the first that fits counts
-    "again.": "given twice",
-    EMA: "averaged U-Net",
-    VAE: "autoencoder's loss",
-    "loss.": "autoencoder's loss",
-    TAU: "text encoder",
-    "optimizer_states.": "optimiser",
-    "": "schedule and other buffers",
-}
 
 
 def parse_args(argv=None):
@@ -65,11 +53,8 @@ def parse_args(argv=None):
 
 def read_source(path):
     """{CompVis name: tensor} of a checkpoint file or a diffusers folder."""
-    if not path.exists():
-        raise UserError(f"{path}: no such file or folder")
     if path.is_dir():
-        unet, vae = find_part(path, "unet"), find_part(path, "vae")
-        return read_source(unet) | read_source(vae)
+        return read_source(find_part(path, "unet")) | read_source(find_part(path, "vae"))
     tensors = compvis_names(read_tensors(path))
     return {VAE + k if k.startswith(BARE_VAE) else k: v for k, v in tensors.items()}
 
@@ -78,18 +63,18 @@ def read_sources(paths):
     """All sources together. The file of an autoencoder comes before the one with the U-Net."""
     tensors = {}
     for source in sorted(map(read_source, paths), key=lambda source: CONV_IN in source):
-        tensors |= {f"again.{k}" if k in tensors else k: v for k, v in source.items()}
+        tensors |= {f"given twice.{k}" if k in tensors else k: v for k, v in source.items()}
     return tensors
 
 
-def swap_averages(tensors):
-    """Let the averaged U-Net and the plain one change places."""
-    unet = [name for name in tensors if name.startswith(UNET)]
-    swaps = {name: EMA + name.removeprefix("model.").replace(".", "") for name in unet}
-    if not tensors.keys() >= set(swaps.values()):
+def take_averages(tensors):
+    """Let the averaged U-Net have the names of the plain one."""
+    names = {name: f"plain U-Net.{name}" for name in tensors if name.startswith(UNET)}
+    averages = {EMA + name.removeprefix("model.").replace(".", ""): name for name in names}
+    if not tensors.keys() >= averages.keys():
         raise UserError("no averaged U-Net (model_ema.*) in it; convert without --ema")
-    swaps |= {average: name for name, average in swaps.items()}
-    return {name: tensors[swaps.get(name, name)] for name in tensors}
+    names |= averages
+    return {names.get(name, name): value for name, value in tensors.items()}
 
 
 # ---- what they are ----
@@ -98,37 +83,25 @@ def swap_averages(tensors):
 def identify(tensors):
     """-> which of KINDS, config. Raises UserError for what SDSeg cannot start from."""
     if CONV_IN not in tensors:
-        raise UserError(without_unet(tensors))
+        found = f"no U-Net of Stable Diffusion v1 or LDM among {len(tensors)} tensors"
+        raise UserError(f"{found}; give its checkpoint (a converted file needs no conversion)")
     kind = next((kind for kind, (sign, *_) in KINDS.items() if sign in tensors), None)
     if kind is None:
-        xl = any(name.startswith(SDXL) for name in tensors)
-        found = "Stable Diffusion XL" if xl else "a U-Net of an unknown family"
+        found = "the U-Net of another family, such as Stable Diffusion XL"
         raise UserError(f"{found}; SDSeg starts from Stable Diffusion v1 or LDM's lsun_churches")
     _, preset, channels = KINDS[kind]
     config = PRESETS[preset]
-    if CONTEXT in tensors and tensors[CONTEXT].shape[1:] != (config.unet.context_dim,):
-        shape = list(tensors[CONTEXT].shape)
-        found = f"Stable Diffusion 2.x or another variant ({CONTEXT} is {shape})"
-        raise UserError(f"{found}; give Stable Diffusion v1")
-    if tensors[CONV_IN].shape[1:] != (channels, 3, 3):
-        shape = list(tensors[CONV_IN].shape)
-        found = f"an inpainting model or another variant ({CONV_IN} is {shape})"
-        raise UserError(f"{found}; give the plain model")
+    for name, inputs, other in (
+        (CONTEXT, (config.unet.context_dim,), "Stable Diffusion 2"),
+        (CONV_IN, (channels, 3, 3), "an inpainting model"),
+    ):
+        if name in tensors and tensors[name].shape[1:] != inputs:
+            found = f"{other} or another variant ({name} is {list(tensors[name].shape)})"
+            raise UserError(f"{found}; give the plain model of version 1")
     if not any(name.startswith(VAE) for name in tensors):
         needed = "LDM's kl-f8 model.ckpt, or a diffusers VAE,"
         raise UserError(f"a U-Net without autoencoder; give {needed} as a second file")
     return kind, published_config(config, tensors) if is_published_run(tensors) else config
-
-
-def without_unet(tensors):
-    """What to say of tensors without a U-Net."""
-    if VAE + "encoder.conv_in.weight" in tensors:
-        needed = "a Stable Diffusion v1 checkpoint, or LDM's lsun_churches model.ckpt,"
-        return f"an autoencoder without U-Net; give {needed} as a second file"
-    if CONV_IN.replace(UNET, "unet.") in tensors:
-        return "converted already; give it to train.py --init, or to infer.py --model if trained"
-    names = f"{len(tensors)} tensors, the first is {min(tensors):.60}" if tensors else "no tensors"
-    return f"no U-Net of Stable Diffusion v1 or LDM in it ({names})"
 
 
 def is_published_run(tensors):
@@ -156,15 +129,12 @@ def convert(tensors, config):
 
     Two tensors change their shape. The first layer of the U-Net gets new input channels for z_c.
     tau has no variance: of the rows of quant_conv it keeps those that give the mean.
-    Raises UserError for weights of a few bits or integers.
     """
     weights, left, memories = {}, dict(tensors), set()
     for ours, public in (PUBLISHED_NAMES if is_published_run(tensors) else NAMES).items():
         for name, value in tensors.items():
             if not name.startswith(public) or name.startswith(VAE + "loss."):
                 continue
-            if value.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
-                raise UserError(f"{name} is {value.dtype}; give a file of 16-bit or 32-bit floats")
             if name == CONV_IN:
                 value = widen_conv_in(value, config.unet.in_channels)
             if ours == "tau.out." and value.dim() > 0:
@@ -177,46 +147,15 @@ def convert(tensors, config):
     return weights, left
 
 
-# ---- the report ----
-
-
-def print_row(verb, what, tensors, note=""):
-    size = sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
-    print(f"{verb:<9}{what:<27}{len(tensors):>7}{size:>10.2f}  {note}".rstrip())
-
-
-def report(weights, left, published, ema):
-    """Print what was taken, what starts at zero and what was left, with counts and sizes."""
-    unet, vae, tau = (
-        [value for name, value in weights.items() if name.startswith(part)]
-        for part in ("unet.", "vae.", "tau.")
-    )
-    print(f"{'tensors        MB':>53}")
-    print_row("loaded", "averaged U-Net" if ema else "U-Net", unet)
-    print_row("loaded", "autoencoder", vae)
-    if published:
-        print_row("loaded", "vision encoder", tau)
-    else:
-        print_row("copied", "vision encoder", tau, "starts as the autoencoder's encoder")
-        new = weights[CONV_IN.replace(UNET, "unet.")].chunk(2, dim=1)[1]
-        print_row("zeroed", f"{new.shape[1]} new input channels", [new], "for the image")
-    ignored = IGNORED | {EMA: "plain U-Net" if ema else "averaged U-Net"}
+def report(weights, left):
+    """Print how many tensors of each part were loaded and ignored, and their size."""
     groups = {}
-    for name, value in left.items():
-        what = next(what for prefix, what in ignored.items() if name.startswith(prefix))
-        groups.setdefault(what, []).append(value)
-    for what in sorted(groups):
-        print_row("ignored", what, groups[what])
-
-
-def output_path(args, default):
-    """Where to write. Raises UserError for a source or a name that train.py would not take."""
-    out = Path(args.out or f"weights/{default}.safetensors")
-    if out.suffix != ".safetensors":
-        raise UserError(f"--out {out}: give a name that ends in .safetensors")
-    if out.exists() and any(out.samefile(source) for source in args.source):
-        raise UserError(f"--out {out}: this is the source; give another name")
-    return out
+    for verb, tensors in (("loaded", weights), ("ignored", left)):
+        for name, value in tensors.items():
+            part = name.removeprefix(VAE).split(".")[0] if "." in name else "buffers"
+            groups.setdefault(f"{verb:<9}{part}", []).append(value.nbytes)
+    for group, sizes in groups.items():
+        print(f"{group:<27}{len(sizes):>5} tensors{sum(sizes) / 1e6:>10.2f} MB")
 
 
 def main(args):
@@ -224,17 +163,24 @@ def main(args):
     tensors = read_sources([Path(source) for source in args.source])
     try:
         kind, config = identify(tensors)
-        tensors = swap_averages(tensors) if args.ema else tensors
-        # A trial with "meta" tensors, which take no memory, finds all that do not fit.
-        shapes, _ = convert({name: value.to("meta") for name, value in tensors.items()}, config)
+        tensors = take_averages(tensors) if args.ema else tensors
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
+    # A trial with "meta" tensors, which take no memory, finds all that do not fit.
+    shapes, _ = convert({name: value.to("meta") for name, value in tensors.items()}, config)
     load_strict(build_empty(config, where), shapes, where)
     weights, left = convert(tensors, config)
-    run_name, published = f"sdseg-{Path(args.source[0]).stem}", is_published_run(tensors)
-    out = output_path(args, run_name if published else config.preset)
+    published = is_published_run(tensors)
+    name = f"sdseg-{Path(args.source[0]).stem}" if published else config.preset
+    out = Path(args.out or f"weights/{name}.safetensors")
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: give a name that ends in .safetensors")
+    if out.exists() and any(out.samefile(source) for source in args.source):
+        raise UserError(f"--out {out}: this is the source; give another name")
     print(f"found    {kind} in {where}")
-    report(weights, left, published, args.ema)
+    report(weights, left)
+    if not published:
+        print("tau starts as the autoencoder's encoder; the U-Net's new inputs, z_c, start at zero")
     write_weights(out, weights, config, args.half)
     print(f"wrote    {out}, {out.stat().st_size / 1e6:.1f} MB")
 

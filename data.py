@@ -12,29 +12,18 @@ import random
 import re
 import sys
 from bisect import bisect
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from support import folders
 from support.cache import load_or_decode
 from support.cli import UserError, print0, rank_and_world_size
 from support.demo_data import draw_demo
-from support.folders import (
-    PARTS,
-    Case,
-    DatasetSpec,
-    class_ids,
-    find_folders,
-    find_own,
-    natural_sort_key,
-    pairs,
-    read_pair,
-    text_hash,
-)
+from support.folders import PARTS, Case, DatasetSpec
 
 # The test images of the public polyp benchmark: {"cvc": 62 names, "kvasir": 100 names}
 POLYP_TEST = json.loads((Path(__file__).parent / "support/polyp_test.json").read_text())
@@ -48,22 +37,119 @@ VIDEOS = (1, 26, 51, 68, 79, 104, 127, 152, 178, 200, 206, 228, 253, 278, 298, 3
           384, 409, 429, 448, 467, 479, 504, 529, 547, 572, 592)  # fmt: skip
 
 
-# ---- the data sets of the paper ----
+# ---- the data sets of the paper, in the folder `root`; only CVC heeds --split ----
 
 
-@dataclass(frozen=True)
-class Published:
-    """A published data set: where it comes from, its folders, its test part, what it holds."""
+def find_cvc(root, split):
+    layouts = [(f"CVC-ClinicDB/{kind}Original", f"CVC-ClinicDB/{kind}Ground Truth")
+               for kind in ("", "PNG/", "TIF/")]  # fmt: skip
+    layouts.append(("CVC-ClinicDB/images", "CVC-ClinicDB/masks"))
+    source = "https://polyp.grand-challenge.org/CVCClinicDB/"
+    cases = folders.pairs(*folders.find_folders(root, layouts, source))
+    cases = [replace(c, group=f"video {bisect(VIDEOS, number_of(c))}") for c in cases]
+    if split == "sequence":
+        splits = split_by_video(cases)
+    else:
+        test = [case for case in cases if case.name in POLYP_TEST["cvc"]]
+        splits = split_by_list(cases, test, 62, 550)
+    return DatasetSpec("cvc", splits, ("background", "polyp"))
 
-    title: str
-    source: str
-    layouts: tuple  # pairs of folders (images, masks) in --root; the first that exists is taken
-    is_test: Callable  # whether a case belongs to the published test part
-    val: tuple  # (n, of): of each `of` other cases, n are for validation
-    classes: tuple
-    label_format: str = "binary"
-    window: tuple | None = None  # intensities of CT volumes
-    image_name: Callable = str  # a mask's name -> its image's
+
+def find_kvasir(root, split):
+    layouts = [(f"{name}/images", f"{name}/masks") for name in ("Kvasir-SEG", "kvasir-seg")]
+    source = "https://datasets.simula.no/kvasir-seg/"
+    cases = folders.pairs(*folders.find_folders(root, layouts, source))
+    test = [case for case in cases if case.name in POLYP_TEST["kvasir"]]
+    return DatasetSpec("kvasir", split_by_list(cases, test, 100, 900), ("background", "polyp"))
+
+
+def find_refuge2(root, split):
+    cases = []
+    for part in PARTS:  # validation and training together are the published training images
+        if part == "val" and not (root / "refuge2/val").is_dir():
+            continue
+        layouts = [(f"refuge2/{part}/images", f"refuge2/{part}/masks")]
+        found = folders.find_folders(root, layouts, "https://refuge.grand-challenge.org/")
+        cases += [prefixed(case, part) for case in folders.pairs(*found)]
+    test = [case for case in cases if case.name.startswith("test/")]
+    splits = split_by_list(cases, test, 1, 10)
+    return DatasetSpec("refuge2", splits, ("background", "optic cup"), "cup")
+
+
+def find_btcv(root, split):
+    layouts = [("BTCV/img", "BTCV/label"), ("BTCV/imagesTr", "BTCV/labelsTr")]
+    source = "https://www.synapse.org/#!Synapse:syn3193805 (Abdomen/RawData.zip)"
+    images, masks = folders.find_folders(root, layouts, source)
+    cases = folders.pairs(images, masks, lambda mask_name: mask_name.replace("label", "img"))
+    test = [case for case in cases if number_of(case) in BTCV_TEST]
+    splits = split_by_list(cases, test, 3, 18)
+    classes, window = ("background", "organ"), (-125.0, 275.0)
+    return DatasetSpec("btcv", splits, classes, "nonzero", window, volumes=True)
+
+
+def find_btcv_organs(root, split):
+    classes = ("background", *ORGANS)
+    return replace(find_btcv(root, split), name="btcv-organs", classes=classes, label_format="ids")
+
+
+def find_sts3d(root, split):
+    source = "https://toothfairychallenges.github.io/ (labelled.zip)"
+    cases = folders.pairs(*folders.find_folders(root, [("STS-3D/image", "STS-3D/label")], source))
+    test = [case for case in cases if number_of(case) in STS3D_TEST]
+    splits = split_by_list(cases, test, 1, 9)
+    classes, window = ("background", "tooth"), (-100.0, 1100.0)
+    return DatasetSpec("sts3d", splits, classes, "nonzero", window, volumes=True)
+
+
+def find_demo(root, split):
+    """Drawn images: nothing is read from a disk."""
+    cases = tuple(Case(f"demo{i:03d}", seed=i, group=f"demo{i:03d}") for i in range(760))
+    splits = {"train": cases[:600], "val": cases[600:660], "test": cases[660:]}
+    return DatasetSpec("demo", splits, ("background", "lesion"))
+
+
+FINDERS = {
+    "cvc": find_cvc,
+    "kvasir": find_kvasir,
+    "kseg": find_kvasir,
+    "refuge2": find_refuge2,
+    "btcv": find_btcv,
+    "btcv-organs": find_btcv_organs,
+    "sts3d": find_sts3d,
+    "demo": find_demo,
+}
+
+
+def find(data, root="data", split="random"):
+    """A data set's name, several joined by "+", or a folder -> DatasetSpec. Raises UserError."""
+    names, is_folder = data.split("+"), Path(data).is_dir()
+    known = all(name in FINDERS for name in names)
+    if not known and not is_folder:
+        raise UserError(f"--data {data}: neither a folder nor one of {', '.join(FINDERS)}")
+    if split != "random" and not (known and "cvc" in names):
+        raise UserError(f"--split {split}: only cvc has video sequences")
+    if not known:
+        return folders.find_own(Path(data))
+    if is_folder and rank_and_world_size()[0] == 0:
+        print(f"--data {data}: the data set of that name; write ./{data} for the folder",
+              file=sys.stderr)  # fmt: skip
+    specs = [FINDERS[name](Path(root), split) for name in names]
+    return specs[0] if len(specs) == 1 else join(data, specs)
+
+
+def join(data, specs):
+    """Several DatasetSpecs -> one, with their names before the names of their cases."""
+    if len({(s.classes, s.label_format, s.volumes) for s in specs}) > 1:
+        raise UserError(f"--data {data}: these have different classes and cannot be joined")
+    if len({s.name for s in specs}) < len(specs):
+        raise UserError(f"--data {data}: a data set is named twice")
+    splits = {part: tuple(prefixed(case, s.name) for s in specs for case in s.splits[part])
+              for part in PARTS}  # fmt: skip
+    return replace(specs[0], name=data, splits=splits)
+
+
+def prefixed(case, name):
+    return replace(case, name=f"{name}/{case.name}", group=f"{name}/{case.group}")
 
 
 def number_of(case):
@@ -71,92 +157,18 @@ def number_of(case):
     return int((re.findall(r"\d+", case.name) or [0])[-1])
 
 
-BTCV = Published(
-    "BTCV", "https://www.synapse.org/#!Synapse:syn3193805 (Abdomen/RawData.zip)",
-    (("BTCV/img", "BTCV/label"), ("BTCV/imagesTr", "BTCV/labelsTr")),
-    lambda case: number_of(case) in BTCV_TEST, (3, 18), ("background", "organ"), "nonzero",
-    (-125.0, 275.0), lambda name: name.replace("label", "img"),
-)  # fmt: skip
-PUBLISHED = {
-    "cvc": Published(
-        "CVC-ClinicDB", "https://polyp.grand-challenge.org/CVCClinicDB/",
-        (("CVC-ClinicDB/Original", "CVC-ClinicDB/Ground Truth"),
-         ("CVC-ClinicDB/PNG/Original", "CVC-ClinicDB/PNG/Ground Truth"),
-         ("CVC-ClinicDB/TIF/Original", "CVC-ClinicDB/TIF/Ground Truth"),
-         ("CVC-ClinicDB/images", "CVC-ClinicDB/masks")),
-        lambda case: case.name in POLYP_TEST["cvc"], (62, 550), ("background", "polyp"),
-    ),
-    "kvasir": Published(
-        "Kvasir-SEG", "https://datasets.simula.no/kvasir-seg/",
-        (("Kvasir-SEG/images", "Kvasir-SEG/masks"), ("kvasir-seg/images", "kvasir-seg/masks")),
-        lambda case: case.name in POLYP_TEST["kvasir"], (100, 900), ("background", "polyp"),
-    ),
-    "refuge2": Published(
-        "REFUGE2", "https://refuge.grand-challenge.org/",
-        tuple((f"refuge2/{part}/images", f"refuge2/{part}/masks") for part in PARTS),
-        lambda case: case.name.startswith("test/"), (1, 10), ("background", "optic cup"), "cup",
-    ),
-    "btcv": BTCV,
-    "btcv-organs": replace(BTCV, classes=("background", *ORGANS), label_format="ids"),
-    "sts3d": Published(
-        "STS-3D", "https://toothfairychallenges.github.io/ (labelled.zip)",
-        (("STS-3D/image", "STS-3D/label"),),
-        lambda case: number_of(case) in STS3D_TEST, (1, 9), ("background", "tooth"), "nonzero",
-        (-100.0, 1100.0),
-    ),
-}  # fmt: skip
-NAMES = (*PUBLISHED, "demo")
-
-
-def find(data, root="data", split="random"):
-    """A data set's name, several joined by "+", or a folder -> DatasetSpec. Raises UserError."""
-    names = ["kvasir" if name == "kseg" else name for name in data.split("+")]
-    known, is_folder = set(names) <= set(NAMES), Path(data).is_dir()
-    if not known and not is_folder:
-        raise UserError(f"--data {data}: neither a folder nor one of {', '.join(NAMES)}")
-    if split != "random" and not (known and "cvc" in names):
-        raise UserError(f"--split {split}: only cvc has video sequences")
-    if not known:
-        return find_own(Path(data))
-    if is_folder and rank_and_world_size()[0] == 0:
-        print(f"--data {data}: the data set of that name; write ./{data} for the folder",
-              file=sys.stderr)  # fmt: skip
-    specs = [find_demo() if n == "demo" else find_published(n, Path(root), split) for n in names]
-    return specs[0] if len(specs) == 1 else join(data, specs)
-
-
-def find_published(name, root, split):
-    p = PUBLISHED[name]
-    hint = f"; --root says where to look; download: {p.source}"
-    images, masks = find_folders(root, p.layouts, p.title, hint)
-    cases = pairs(images, masks, p.image_name)
-    if name == "refuge2":  # it has a folder for each part
-        folders = {part: root / "refuge2" / part for part in PARTS}
-        cases = [prefixed(case, part) for part, folder in folders.items() if folder.is_dir()
-                 for case in pairs(folder / "images", folder / "masks")]  # fmt: skip
-    if name == "cvc":
-        cases = [replace(c, group=f"video {bisect(VIDEOS, number_of(c))}") for c in cases]
-    if name == "cvc" and split == "sequence":
-        splits = split_by_video(cases)
-    else:
-        splits = split_by_test_list(cases, p, images)
-    return DatasetSpec(name, splits, p.classes, p.label_format, p.window, p.window is not None)
-
-
-def split_by_test_list(cases, published, where):
-    """Test on the published list. The others are ordered by a hash of their names, so a case that
-    comes or goes moves no other; the first of them are for validation.
+def split_by_list(cases, test, n, of):
+    """`test` as published. The others are ordered by a hash of their names, so a case that comes
+    or goes moves no other; of each `of` of them, n are for validation.
     """
-    test = [case for case in cases if published.is_test(case)]
-    rest = [case for case in cases if not published.is_test(case)]
-    rest.sort(key=lambda case: text_hash(case.name))
-    n, of = published.val
+    rest = sorted(set(cases) - set(test), key=lambda case: folders.text_hash(case.name))
     n = max(1, len(rest) * n // of)
     if not test or len(rest) <= n:
-        raise UserError(f"{where}: {len(test)} cases of the published test part and {len(rest)} "
-                        "others; needs 1 and 2 or more, with their published names")  # fmt: skip
-    splits = {"train": rest[n:], "val": rest[:n], "test": test}
-    return {p: tuple(sorted(c, key=lambda c: natural_sort_key(c.name))) for p, c in splits.items()}
+        raise UserError(f"{cases[0].image.parent}: {len(test)} cases of the published test part "
+                        f"and {len(rest)} others; needs 1 and 2 or more, with their published "
+                        "names")  # fmt: skip
+    part_of = dict.fromkeys(test, "test") | dict.fromkeys(rest[:n], "val")
+    return {p: tuple(c for c in cases if part_of.get(c, "train") == p) for p in PARTS}
 
 
 def split_by_video(cases):
@@ -176,28 +188,6 @@ def split_by_video(cases):
     return {part: tuple(splits[part]) for part in PARTS}
 
 
-def find_demo():
-    names = [f"demo{i:03d}" for i in range(760)]
-    cases = tuple(Case(name, seed=i, group=name) for i, name in enumerate(names))
-    splits = {"train": cases[:600], "val": cases[600:660], "test": cases[660:]}
-    return DatasetSpec("demo", splits, ("background", "lesion"))
-
-
-def join(data, specs):
-    """Several DatasetSpecs -> one, with their names before the names of their cases."""
-    if len({(s.classes, s.label_format, s.volumes) for s in specs}) > 1:
-        raise UserError(f"--data {data}: these have different classes and cannot be joined")
-    if len({s.name for s in specs}) < len(specs):
-        raise UserError(f"--data {data}: a data set is named twice")
-    splits = {part: tuple(prefixed(case, s.name) for s in specs for case in s.splits[part])
-              for part in PARTS}  # fmt: skip
-    return replace(specs[0], name=data, splits=splits)
-
-
-def prefixed(case, name):
-    return replace(case, name=f"{name}/{case.name}", group=f"{name}/{case.group}")
-
-
 # ---- items ----
 
 
@@ -209,8 +199,8 @@ def load_case(case, spec, remarks=None):
     """
     if case.seed is not None:
         return draw_demo(case.seed, 256)
-    image, mask = read_pair(case, spec.window, [] if remarks is None else remarks)
-    ids = class_ids(mask, spec, case.mask)
+    image, mask = folders.read_pair(case, spec.window, [] if remarks is None else remarks)
+    ids = folders.class_ids(mask, spec, case.mask)
     return crop_to_disc(image, mask.values, ids) if spec.label_format == "cup" else (image, ids)
 
 
@@ -244,13 +234,13 @@ class SegmentationData(torch.utils.data.Dataset):
         self.augment, self.seed = augment, seed
         self.flips = not (spec.volumes and len(spec.classes) > 2)
         items = load_or_decode(spec, part, size, load_case)
-        self.fingerprint, self.images, self.masks, self.names, self.remarks = items
-        cases = {case.name: case for case in spec.splits[part]}
-        owners = (n.rpartition(":")[0] if spec.volumes else n for n in self.names)
-        self.cases = [cases[name] for name in owners]  # the Case that each item belongs to
-        if self.remarks:
-            more = f", and {len(self.remarks) - 1} more" if len(self.remarks) > 1 else ""
-            print0(f"{self.remarks[0]}{more}")
+        self.fingerprint, self.images, self.masks, self.names, remarks = items
+        named = {case.name: case for case in spec.splits[part]}
+        # The Case that each item belongs to; a slice is called "volume:number"
+        self.cases = [named[n.rpartition(":")[0] if spec.volumes else n] for n in self.names]
+        if remarks:
+            more = f", and {len(remarks) - 1} more" if len(remarks) > 1 else ""
+            print0(f"{remarks[0]}{more}")
 
     def __len__(self):
         return len(self.names)
@@ -295,9 +285,7 @@ class SegmentationData(torch.utils.data.Dataset):
 
 
 def symmetry_of(draw):
-    """Which of the 8 symmetries of a square, 0 to 7. A Python int, because a DataLoader would make
-    a tensor of NumPy's.
-    """
+    """Which of the 8 symmetries of a square, 0 to 7."""
     return 4 * int(draw[0] < 0.5) + int(draw[1] * 4)
 
 

@@ -339,7 +339,7 @@ def from_pretrained(path, vae_only=False, **changes):
 
 
 def build_empty(config, path):
-    """SDSeg whose weights take no memory until `load_strict` brings them. Raises UserError."""
+    """SDSeg without memory for its weights, which `load_strict` brings. Raises UserError."""
     try:
         validate_config(config)
         with torch.device("meta"):

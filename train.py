@@ -102,7 +102,7 @@ def main(args):
     describe(args, model, train_set, val_set, dtype, world_size)
 
     # 3. Optimiser, moving average, gradient scaler: float16 needs a scale; at a scale of 1 the
-    #    scaler only skips the steps whose gradients are not finite
+    #    scaler only skips steps with gradients that are not finite
     recipe = recipe_of(model.config)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)

@@ -5,11 +5,11 @@ names begin with a hash of all that decides what the items look like, so they ar
 Letters: B batch, N items, S pixels of a side, Z slices, h w latent.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -40,31 +40,32 @@ def load_or_decode(spec, part, size, load_case):
     if folder.startswith("~"):  # this user has no home folder
         return key, *decode(spec, part, size, load_case)
     files = [Path(folder, f"{key}-{kind}") for kind in ("images.npy", "masks.npy", "names.json")]
-    try:
+    with contextlib.suppress(OSError, ValueError, EOFError, TypeError):  # not there, or damaged
         images, masks = (np.load(file, mmap_mode="r") for file in files[:2])
-        names, remarks = json.loads(files[2].read_text())
-        if len(images) == len(masks) == len(names):
-            return key, images, masks, names, remarks
-    except (OSError, ValueError, EOFError, TypeError):
-        pass  # not there yet, or damaged
+        return key, images, masks, *json.loads(files[2].read_text())
     images, masks, names, remarks = decode(spec, part, size, load_case)
-    try:
+    with contextlib.suppress(OSError):  # an unwritable cache costs time, no more
         for file, array in zip(files, (images, masks)):
             with atomic_write(file) as temporary:
                 np.save(temporary, array)
         with atomic_write(files[2]) as temporary:
             temporary.write_text(json.dumps([names, remarks]))
-    except OSError:
-        pass  # an unwritable cache costs time, no more
     return key, images, masks, names, remarks
 
 
 def decode(spec, part, size, load_case):
     """Read and resize a part's items, one for an image, one for each slice of a volume."""
+
+    def read(case):
+        remarks = []
+        image, mask = load_case(case, spec, remarks)
+        if not spec.volumes:
+            image, mask = image[None], mask[None]
+        return [resize_image(x, size) for x in image], [resize_mask(x, size) for x in mask], remarks
+
     cases, images, masks, names, remarks = spec.splits[part], [], [], [], []
     progress = Progress(len(cases), f"{part} files read")
     with ThreadPoolExecutor(1 if spec.volumes else 4) as pool:  # one volume in memory
-        read = partial(decode_case, spec=spec, size=size, load_case=load_case)
         for case, (image, mask, said) in zip(cases, pool.map(read, cases)):
             slices = [f"{case.name}:{i:03d}" for i in range(len(image))]
             names += slices if spec.volumes else [case.name]
@@ -73,15 +74,6 @@ def decode(spec, part, size, load_case):
             remarks += said
             progress.step()
     return np.stack(images), np.stack(masks), names, remarks
-
-
-def decode_case(case, spec, size, load_case):
-    remarks = []
-    image, mask = load_case(case, spec, remarks)
-    if not spec.volumes:
-        image, mask = image[None], mask[None]
-    images, masks = [resize_image(x, size) for x in image], [resize_mask(x, size) for x in mask]
-    return images, masks, remarks
 
 
 class LatentCache:

@@ -16,14 +16,6 @@ UNET_NAMES = {
     "conv_norm_out.": "out.0.",
     "conv_out.": "out.2.",
 }
-UNET_LAYERS = {  # of a residual block
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-}
 VAE_NAMES = {
     "mid_block.resnets.0.": "mid.block_1.",
     "mid_block.attentions.0.": "mid.attn_1.",
@@ -46,8 +38,12 @@ def unet_table():
     """CompVis counts the blocks through all levels, three to a level."""
     table = {}
     for j in range(3):
-        for old, new in UNET_LAYERS.items():
-            table[f"resnets.{j}.{old}."] = f"resnets.{j}.{new}."
+        table[f"resnets.{j}.norm1."] = f"resnets.{j}.in_layers.0."
+        table[f"resnets.{j}.conv1."] = f"resnets.{j}.in_layers.2."
+        table[f"resnets.{j}.time_emb_proj."] = f"resnets.{j}.emb_layers.1."
+        table[f"resnets.{j}.norm2."] = f"resnets.{j}.out_layers.0."
+        table[f"resnets.{j}.conv2."] = f"resnets.{j}.out_layers.3."
+        table[f"resnets.{j}.conv_shortcut."] = f"resnets.{j}.skip_connection."
     for i in range(4):
         for j in range(3):
             table[f"down_blocks.{i}.resnets.{j}."] = f"input_blocks.{3 * i + j + 1}.0."
@@ -73,9 +69,9 @@ def vae_table(levels):
 
 def compvis_names(tensors):
     """{name: tensor} with the names of CompVis. Names that are not of diffusers stay the same."""
-    if any(name.startswith("mid_block.") for name in tensors):
+    if "mid_block.resnets.0.norm1.weight" in tensors:
         prefix, table = "model.diffusion_model.", unet_table()
-    elif any(name.startswith("decoder.mid_block.") for name in tensors):
+    elif "decoder.mid_block.resnets.0.norm1.weight" in tensors:
         up_blocks = {name.split(".")[2] for name in tensors if name.startswith("decoder.up_blocks")}
         prefix, table = "", vae_table(len(up_blocks))  # as in LDM's kl-f8
     else:
@@ -96,7 +92,5 @@ def find_part(folder, part):
         path = folder / part / f"diffusion_pytorch_model.{ending}"
         if path.is_file():
             return path
-    raise UserError(
-        f"{folder}: no {part}/diffusion_pytorch_model.safetensors or .bin in it; "
-        "give a diffusers folder with unet/ and vae/, or a checkpoint file"
-    )
+    file = f"{part}/diffusion_pytorch_model"
+    raise UserError(f"{folder}: no {file}.safetensors or .bin in it; give a whole diffusers folder")

@@ -4,8 +4,10 @@ The rule for masks: where the values do not say plainly what they mean, the file
 its values and the way out. Splits of a user's own folder depend on the images alone.
 """
 
+import contextlib
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
@@ -92,12 +94,16 @@ def count_kinds(paths):
     return f"not read: {text}{note}" if text else ""
 
 
+def nothing_in_it(others):
+    kinds = count_kinds(others) or "it is empty"
+    return f"no image and no volume in it ({', '.join(ENDINGS)}); {kinds}"
+
+
 def find_inputs(paths, skip=()):
     """Yield (source, folder) for files and folders; folder is relative to the one that was given.
 
-    A file that is given is taken whatever its ending. In folders, names that end with one of
-    `skip` are left out, and a printed line counts the files of other kinds. Raises UserError for a
-    folder without an image or a volume.
+    In folders, names that end with one of `skip` are left out, and a printed line counts the files
+    of other kinds. Raises UserError for a folder without an image or a volume.
     """
     for path in map(Path, paths):
         if not path.is_dir():
@@ -106,8 +112,7 @@ def find_inputs(paths, skip=()):
         readable, others = walk(path)
         sources = [source for source in readable if not source.name.endswith(tuple(skip))]
         if not sources:
-            raise UserError(f"{path}: no image and no volume in it ({', '.join(ENDINGS)}); "
-                            f"{count_kinds(others) or 'it is empty'}")  # fmt: skip
+            raise UserError(f"{path}: {nothing_in_it(others)}")
         if others:
             print0(f"{path}: {count_kinds(others)}")
         yield from ((source, source.parent.relative_to(path)) for source in sources)
@@ -153,13 +158,14 @@ def files_by_name(folder):
     return paths
 
 
-def find_folders(root, layouts, title, hint=""):
+def find_folders(root, layouts, source=None):
     """The first of several layouts, pairs of folders, that exists. Raises UserError naming all."""
     for pair in layouts:
         if all((root / folder).is_dir() for folder in pair):
             return [root / folder for folder in pair]
     expected = " or ".join(f"{a} + {b}" for a, b in layouts)
-    raise UserError(f"{root}: no {title} in it; expected {expected}{hint}")
+    hint = f"; --root says where to look; download: {source}" if source else ""
+    raise UserError(f"{root}: no data set in it; expected {expected}{hint}")
 
 
 def pairs(image_folder, mask_folder, image_name=str):
@@ -175,19 +181,18 @@ def pairs(image_folder, mask_folder, image_name=str):
             raise UserError(f"{folder}: no file for {first}{f' and {more} more' if more else ''}; "
                             f"every image needs its mask{suffix_note(*lone)}")  # fmt: skip
     if not left:
-        raise UserError(f"{image_folder}: no image in it ({', '.join(ENDINGS)}); "
-                        f"{count_kinds(walk(image_folder)[1]) or 'it is empty'}")  # fmt: skip
+        raise UserError(f"{image_folder}: {nothing_in_it(walk(image_folder)[1])}")
     return [Case(n, left[n], right[n], group=n) for n in sorted(left, key=natural_sort_key)]
 
 
 def suffix_note(lone_images, lone_masks):
     """What to do where names without a partner differ by a suffix, such as _mask or _0000."""
-    sides = ("masks", lone_masks, lone_images), ("images", lone_images, lone_masks)
-    for kind, longer, shorter in sides:
-        for name in sorted(longer):
-            for separator in re.finditer(r"[^A-Za-z0-9]", name):
-                if name[: separator.start()] in shorter:
-                    return f"; the {kind}' names end in {name[separator.start() :]}: rename them"
+    for short, long in itertools.pairwise(sorted(lone_images | lone_masks)):
+        suffix = long.removeprefix(short)
+        partners = (short in lone_images) != (long in lone_images)
+        if partners and suffix != long and not suffix[0].isalnum():
+            kind = "images" if long in lone_images else "masks"
+            return f"; the {kind}' names end in {suffix}: rename them"
     return ""
 
 
@@ -249,7 +254,7 @@ def class_ids(mask, spec, path):
 
 def check_black_and_white(mask, path):
     """Raises UserError unless a mask is black and white, with other greys at its edges only."""
-    seen = distinct(mask.values)
+    seen = np.unique(mask.values).tolist()
     others, top = [v for v in seen if v not in (0, 255)], seen[-1]
     ids = not mask.lossy and others and max(others) < MAX_CLASSES  # alone, or beside 255
     black = top == 0 or mask.lossy and len(seen) == 1 and top <= 3  # JPEG may round 0 to 1
@@ -267,33 +272,22 @@ def check_palette(mask, palette, path):
                             "other masks; use one palette")  # fmt: skip
 
 
-def distinct(values):
-    """The different values of a uint8 array, sorted."""
-    return np.flatnonzero(np.bincount(values.ravel(), minlength=256)).tolist()
-
-
 def find_label_format(cases, names):
     """-> label_format, class names, palette: what all training masks together say.
 
     `names` are those of classes.json, or None. Raises UserError where the values are not plain.
     """
-    values, palette, lossy, problem = {0}, {}, False, None
+    values, palette, lossy = {0}, {}, False
     progress = Progress(len(cases), "training masks read")
     for case in cases:
         mask, _ = load_mask(case)
         check_palette(mask, palette, case.mask)
-        values.update(distinct(mask.values))
+        values.update(np.unique(mask.values).tolist())
         palette.update(mask.palette)
         lossy |= mask.lossy
-        try:
-            check_black_and_white(mask, case.mask)
-        except UserError as error:
-            problem = problem or error
         progress.step()
     top = max(values)
-    if (lossy or top >= MAX_CLASSES) and (names is None or len(names) == 2):
-        if problem:
-            raise problem
+    if (lossy or top >= MAX_CLASSES) and len(names or TWO_CLASSES) == 2:
         return "binary", names or TWO_CLASSES, {}
     unused = sorted(set(range(top)) - values)
     if unused and not names:
@@ -311,7 +305,7 @@ def find_own(folder):
     """DIR/{images,masks}/ or imagesTr and labelsTr, with DIR/split.json, classes.json and
     groups.json where they exist -> DatasetSpec. Raises UserError.
     """
-    folders = find_folders(folder, [("images", "masks"), ("imagesTr", "labelsTr")], "data set")
+    folders = find_folders(folder, [("images", "masks"), ("imagesTr", "labelsTr")])
     cases = pairs(*folders)
     kinds = {volumes.is_volume(path): path for case in cases for path in (case.image, case.mask)}
     if len(kinds) > 1:
@@ -327,17 +321,13 @@ def find_own(folder):
 
 def read_json(path, is_valid, needs):
     """-> what a file holds, or None where there is no file. Raises UserError."""
-    try:
-        if path.stat().st_size > 10_000_000:
-            raise UserError(f"{path}: larger than 10 MB; it should be a short list of names")
+    if not path.exists():
+        return None
+    with contextlib.suppress(ValueError, RecursionError):
         value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors add a mark
         if is_valid(value):
             return value
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError):
-        raise UserError(f"{path}: not valid JSON; needs {needs}") from None
-    raise UserError(f"{path}: needs {needs}")
+    raise UserError(f"{path}: needs, as JSON, {needs}")
 
 
 def are_names(value):
@@ -346,7 +336,7 @@ def are_names(value):
 
 def read_classes(path):
     """classes.json: a list of names, background first -> tuple, or None without a file."""
-    names = read_json(path, lambda names: are_names(names) and "".join(names).isprintable()
+    names = read_json(path, lambda names: are_names(names)
                       and 2 <= len(names) == len(set(names)) <= MAX_CLASSES,
                       f"a list of 2 to {MAX_CLASSES} different names, the background first",
                       )  # fmt: skip
@@ -359,10 +349,10 @@ def read_groups(path, cases):
     if groups is None:
         return cases
     groups = {nfc(name): str(group) for name, group in groups.items()}
-    check_names(path, list(groups), cases)
-    missing = [case.name for case in cases if case.name not in groups]
-    if missing:
-        raise UserError(f"{path}: names no group for {missing[0]}; {len(missing)} are missing")
+    lone = sorted(groups.keys() ^ {case.name for case in cases})
+    if lone:
+        what = "is not the name of an image" if lone[0] in groups else "has no group"
+        raise UserError(f"{path}: {lone[0]!r:.80} {what}")
     return [replace(case, group=groups[case.name]) for case in cases]
 
 
@@ -373,24 +363,18 @@ def read_split(path, cases):
                       '{"train": [..], "val": [..], "test": [..]}, none empty')  # fmt: skip
     if parts is None:
         return None
-    listed = [(nfc(name), part) for part in PARTS for name in parts[part]]
-    check_names(path, [name for name, _ in listed], cases)
-    named, part_of = {case.name: case for case in cases}, {}
-    for name, part in listed:
-        group = named[name].group
-        if part_of.setdefault(group, part) != part:
-            raise UserError(f"{path}: the group {group} is in {part_of[group]} and in {part}")
-    return {part: tuple(named[n] for n, p in listed if p == part) for part in PARTS}
-
-
-def check_names(path, names, cases):
-    """Raises UserError for names in a JSON file that no case has, or that come twice."""
-    known = {case.name for case in cases}
-    for name, times in Counter(names).items():
-        if name not in known:
-            raise UserError(f"{path}: {name!r:.80} is not the name of an image in {path.parent}")
-        if times > 1:
-            raise UserError(f"{path}: {name} is listed twice")
+    left, splits, part_of = {case.name: case for case in cases}, {part: [] for part in PARTS}, {}
+    for part in PARTS:
+        for name in map(nfc, parts[part]):
+            if name not in left:
+                raise UserError(f"{path}: {name!r:.80} is not the name of an image, or it is "
+                                "listed twice")  # fmt: skip
+            case = left.pop(name)
+            splits[part].append(case)
+            first = part_of.setdefault(case.group, part)
+            if first != part:
+                raise UserError(f"{path}: the group {case.group} is in {first} and in {part}")
+    return {part: tuple(splits[part]) for part in PARTS}
 
 
 def split_by_hash(cases, where):

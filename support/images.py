@@ -7,21 +7,21 @@ is decided in `folders.py`. Whatever a decoder raises becomes a UserError that n
 import contextlib
 import os
 import sys
+import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageFilter, ImageOps
 
 from support.cli import UserError, atomic_write, one_line
 
 IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".webp")
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # nothing else is opened under any name
 LOSSLESS = ("PNG", "BMP", "TIFF", "GIF")
-MAX_PIXELS = 100_000_000  # 10,000 x 10,000
-EXIF_ORIENTATION = 0x0112
 OTHER_VOLUMES = (".dcm", ".ima", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr", ".img")
 CONVERT = "volumes are read as NIfTI; convert it, for example with dcm2niix"
-Image.MAX_IMAGE_PIXELS = None  # MAX_PIXELS is checked first, and its message says what to do
+Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow warns above, and refuses above twice as many
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def is_other_volume(path):
@@ -48,29 +48,26 @@ def open_image(path):
     """A decoded PIL image: the first frame, upright. Raises UserError."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise UserError(f"{path}: {width} x {height} pixels; at most 100 million are read")
             if getattr(image, "n_frames", 1) > 1:
                 print(f"{path}: {image.n_frames} frames; the first is used", file=sys.stderr)
-                image.seek(0)
             image.load()
+            if not image.mode.startswith(("I", "F")):
+                Image.new(image.mode, (1, 1)).convert("RGB")  # raises where Pillow cannot, as LAB
             upright = ImageOps.exif_transpose(image)
             upright.format = image.format
             return upright
-    except UserError:
-        raise
     except Exception as error:  # damaged files make Pillow raise many kinds of exceptions
         raise UserError(why_unreadable(path, "image", error)) from None
 
 
+def exif_orientation(path):
+    with Image.open(path, formats=FORMATS) as image:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+
+
 def compare_exif(image, mask):
     """An image and its mask -> None, or what to know where EXIF turns them differently."""
-    orientations = []
-    for path in (image, mask):
-        with Image.open(path, formats=FORMATS) as file:
-            orientations.append(file.getexif().get(EXIF_ORIENTATION, 1))
-    a, b = orientations
+    a, b = exif_orientation(image), exif_orientation(mask)
     if a == b:
         return None
     return f"EXIF orientation {a} in the image, {b} in its mask: they are turned differently"
@@ -112,12 +109,10 @@ def read_image(path):
     image = open_image(path)
     if image.mode.startswith(("I", "F")):
         values = finite(np.asarray(image, dtype=np.float32), path)
-        # A burnt-in mark has one extreme value and often covers more than 0.5 %.
+        # A burnt-in mark has one extreme value and often covers more than 0.5 %
         inner = values[(values > values.min()) & (values < values.max())]
-        grey = window_to_uint8(
-            values, intensity_window(inner if inner.size and np.ptp(inner) else values)
-        )
-        return np.repeat(grey[..., None], 3, axis=2)
+        window = intensity_window(inner if inner.size and np.ptp(inner) else values)
+        return np.repeat(window_to_uint8(values, window)[..., None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
@@ -144,10 +139,8 @@ def format_values(values):
 def whole_numbers(values, path):
     """Label values -> uint8. NaN is background, 0.9999 is 1. Raises UserError for other values."""
     values = np.where(np.isnan(values), 0, values)
-    whole = np.rint(values)
-    with np.errstate(invalid="ignore"):  # infinity minus infinity
-        near = np.abs(values - whole) <= 1e-3
-    if not near.all() or whole.min() < 0 or whole.max() > 255:
+    whole = np.rint(values).clip(0, 255)
+    if np.abs(values - whole).max() > 1e-3:
         raise UserError(f"{path}: mask values {format_values(values)}; class ids are whole numbers "
                         "from 0 to 255")  # fmt: skip
     return whole.astype(np.uint8)
@@ -165,7 +158,7 @@ def read_mask(path):
         return Mask(whole_numbers(np.asarray(image), path), {}, lossy)
     visible = visible_pixels(image)
     palette = palette_colours(image, path) if image.mode == "P" else {}
-    values = np.asarray(image) if palette else one_channel(image, visible, lossy, path)
+    values = np.asarray(image) if palette else grey_values(image, visible, lossy, path)
     if not visible.all():
         values = visible * (values if values[visible].any() else np.uint8(255))
     return Mask(values, palette, lossy)
@@ -173,23 +166,22 @@ def read_mask(path):
 
 def visible_pixels(image):
     """bool (H, W): where alpha is above half of its maximum; everywhere where it is constant."""
-    if image.has_transparency_data:
-        alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-        if alpha.min() < alpha.max():
-            return alpha > alpha.max() / 2
-    return np.ones(image.size[::-1], bool)
+    alpha = np.asarray(image.convert("RGBA").getchannel("A"))
+    if alpha.min() == alpha.max():
+        return np.ones(alpha.shape, bool)
+    return alpha > alpha.max() / 2
 
 
-def one_channel(image, visible, lossy, path):
-    """A grey image -> its values; all 0 where the visible pixels are one colour on transparency.
+def grey_values(image, visible, lossy, path):
+    """uint8 (H, W): all 0 where the visible pixels are one colour on transparency.
 
     Raises UserError for colours. JPEG rounds grey to colours that are up to 8 apart.
     """
-    rgb, apart = np.asarray(image.convert("RGB")), 8 if lossy else 0
-    red, green, blue = (rgb[..., i][visible].astype(np.int16) for i in range(3))
-    if max(abs(red - green).max(), abs(red - blue).max()) <= apart:
+    rgb = np.asarray(image.convert("RGB"))
+    shape, apart = rgb[visible].astype(np.int16), 8 if lossy else 0  # (N, 3)
+    if np.abs(shape - shape[:, :1]).max() <= apart:
         return rgb[..., 0]
-    if not visible.all() and max(map(np.ptp, (red, green, blue))) <= apart:
+    if not visible.all() and np.ptp(shape, axis=0).max() <= apart:
         return np.zeros_like(rgb[..., 0])
     raise UserError(f"{path}: a mask in colours; save it as PNG with a grey value for each class: "
                     "0, 1, 2 and so on")  # fmt: skip
@@ -216,8 +208,6 @@ def has_flat_grey(values):
     A third class has such places. Smooth edges are steeper, and what JPEG adds to black and white
     is darker or lighter: on real masks of all JPEG qualities from 50 up this never fires.
     """
-    if not ((values >= 14) & (values <= 241)).any():
-        return False
     rows = Image.fromarray(values.reshape(-1, values.shape[-1]))  # a volume: slice below slice
     filters = ImageFilter.MinFilter(3), ImageFilter.MaxFilter(3)
     low, high = (np.asarray(rows.filter(f)).astype(np.int16) for f in filters)

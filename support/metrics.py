@@ -65,10 +65,9 @@ def crop_to_both(a, b):
 def hd95(prediction, truth, spacing):
     """95th percentile of the distances between two surfaces, in the unit of `spacing`; a float.
 
-    Two bool arrays, 2-D or 3-D; `spacing` is the size of a pixel along each axis. nan if a mask is
-    empty. The larger of the two directed percentiles, exact, as MONAI's
-    compute_hausdorff_distance(percentile=95); medpy's hd95 pools both directions first. The time
-    grows with the arrays, so crop them first.
+    Two bool arrays, cropped to save time; `spacing` is the size of a pixel along each axis. nan if
+    a mask is empty. The larger of the two directed percentiles, exact, as MONAI's
+    compute_hausdorff_distance(percentile=95); medpy's hd95 pools both directions first.
     """
     if not (prediction.any() and truth.any()):
         return float("nan")
@@ -79,11 +78,10 @@ def hd95(prediction, truth, spacing):
 
 def surface(mask):
     """The pixels of a mask that have a neighbour along an axis outside of it, or of the array."""
-    padded, core, inner = np.pad(mask, 1), (slice(1, -1),) * mask.ndim, mask
+    padded, inner = np.pad(mask, 1), True
     for axis in range(mask.ndim):
-        for shift in (-1, 1):
-            inner = inner & np.roll(padded, shift, axis)[core]
-    return mask & ~inner
+        inner = inner & np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
+    return mask & ~inner[(slice(1, -1),) * mask.ndim]
 
 
 def nearest_distances(a, b, spacing):
@@ -115,28 +113,24 @@ def count_components(mask, other):
     """-> the number of connected components of `mask`, the number that `other` overlaps.
 
     Two bool arrays. Pixels are connected if they touch, corners included: 8 neighbours in 2-D, 26
-    in 3-D. Runs of pixels along the last axis are numbered, then the numbers of touching runs are
-    merged (union-find).
+    in 3-D. Runs of pixels along the last axis are numbered; runs that touch then share the largest
+    number.
     """
     padded = np.pad(mask, 1)
     first = padded & ~np.roll(padded, 1, -1)  # the first pixel of each run
-    runs = np.cumsum(first).reshape(padded.shape) * padded
-    flat, starts = runs.ravel(), np.flatnonzero(first)
+    runs = np.cumsum(first).reshape(padded.shape) * padded  # 1, 2, ..; 0 outside the mask
     # Of two runs that touch, one starts beside a pixel of the other
-    strides = np.array(runs.strides) // runs.itemsize
-    neighbours = strides @ (np.indices((3,) * mask.ndim).reshape(mask.ndim, -1) - 1)
-    a, b = np.broadcast_arrays(flat[starts], flat[starts + neighbours[:, None]])
-    parent = np.arange(len(starts) + 1)  # 0 is the background
-    while True:
-        a, b = parent[a], parent[b]
-        apart = (a != b) & (b > 0)
-        a, b = a[apart], b[apart]
-        if not len(a):
-            break
-        np.minimum.at(parent, np.maximum(a, b), np.minimum(a, b))
-        while (parent[parent] != parent).any():
-            parent = parent[parent]
-    return len(np.unique(parent)) - 1, len(np.unique(parent[runs[np.pad(mask & other, 1)]]))
+    offsets = np.argwhere(np.ones((3,) * mask.ndim)) - 1
+    around = np.argwhere(first)[:, None] + offsets  # (runs, neighbours, dimensions)
+    beside = runs[tuple(np.moveaxis(around, -1, 0))]
+    a, b = np.nonzero(beside)[0] + 1, beside[beside > 0]  # the pairs of runs that touch
+    label = np.arange(len(beside) + 1)
+    while (label[a] != label[b]).any():
+        largest = np.maximum(label[a], label[b])
+        np.maximum.at(label, label[a], largest)
+        np.maximum.at(label, label[b], largest)
+        label = label[label]
+    return len(np.unique(label)) - 1, len(np.unique(label[runs[np.pad(mask & other, 1)]]))
 
 
 def benchmark_dice(scores, truth):
@@ -148,12 +142,9 @@ def benchmark_dice(scores, truth):
     """
     low, high = scores.min(), scores.max()
     level = ((scores - low) / max(high - low, 1e-8) * 255).round().astype(np.uint8)
-
-    def reach(levels):
-        return np.bincount(levels, minlength=256)[::-1].cumsum()[::-1]
-
-    both, predicted = reach(level[truth > 0]), reach(level.ravel())
-    return float((2 * both / np.maximum(predicted + both[0], 1)).mean())
+    histograms = [np.bincount(x, minlength=256)[::-1] for x in (level[truth > 0], level.ravel())]
+    both, predicted = np.cumsum(histograms, 1)  # pixels at or above the threshold 255, .., 0
+    return float((2 * both / np.maximum(predicted + both[-1], 1)).mean())
 
 
 def bootstrap_interval(values, groups, resamples=5000):
@@ -164,11 +155,11 @@ def bootstrap_interval(values, groups, resamples=5000):
     """
     _, index = np.unique(groups, return_inverse=True)
     cases, total = np.bincount(index), np.bincount(index, values)
-    if len(cases) < 2:
+    n = len(cases)
+    if n < 2:
         return None, None
-    rng, n = np.random.default_rng(0), len(cases)
-    draws = (rng.integers(n, size=n) for _ in range(resamples))
-    means = [total[drawn].sum() / cases[drawn].sum() for drawn in draws]
+    drawn = np.random.default_rng(0).integers(n, size=(resamples, n))
+    means = total[drawn].sum(1) / cases[drawn].sum(1)
     return tuple(np.percentile(means, (2.5, 97.5)).tolist())
 
 
@@ -184,15 +175,12 @@ def latent_std(model, data, n=512):
         masks = data.batch([(None, j) for j in indices[i : i + 16]])["mask"]
         latents.append(model.vae.encode(model.labels_to_rgb(masks.to(model.device)))[0].cpu())
         progress.step(len(masks))
-    return max(torch.cat(latents).double().std(correction=0).item(), 1e-6)
+    return torch.cat(latents).double().std(correction=0).item()
 
 
 @torch.no_grad()
 def vae_dice(model, data, n=16):
-    """Mean Dice of about n masks after encoding and decoding: what exact latents would give.
-
-    The loss on the decoded mask can lead beyond it, to latents that decode better than E's.
-    """
+    """Mean Dice of about n masks after encoding and decoding: what exact latents would give."""
     scores = []
     for i in range(0, len(data), max(1, len(data) // n)):
         mask = data.batch([(None, i)])["mask"].to(model.device)

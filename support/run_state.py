@@ -4,11 +4,12 @@ import csv
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import torch
 
-from support.cli import UserError, atomic_write, one_line
+from support.cli import UserError, atomic_write, one_line, rank_and_world_size
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -113,7 +114,7 @@ class LossMeter:
 
     @torch.no_grad()
     def update(self, losses, latent_loss, t, gradient_norm):
-        """losses (4,); latent_loss, t (B,). A step whose gradients are not finite counts as
+        """losses (4,); latent_loss, t (B,). A step with gradients that are not finite counts as
         skipped, because GradScaler skips it.
         """
         late = (t >= 900).float()
@@ -141,14 +142,24 @@ class LossMeter:
 
 
 def catch_stop_signals():
-    """-> a list that receives the number of the first SIGTERM or SIGINT; a second one kills."""
-    caught = []
+    """-> a list that receives the number of the first SIGTERM or SIGINT; a later one kills.
+
+    Several within a second count as one, because torchrun passes on what the group has received.
+    Only rank 0 decides: it could not finish its step if another process had left before.
+    """
+    caught, first = [], 0.0
+    if rank_and_world_size()[0]:
+        ignore_stop_signals(None)
+        return caught
 
     def handler(number, frame):
-        if caught:
+        nonlocal first
+        if not caught:
+            first = time.monotonic()
+            caught.append(number)
+            print("stopping after this step; press again to stop at once", flush=True)
+        elif time.monotonic() - first > 1:
             os._exit(128 + number)
-        caught.append(number)
-        print("stopping after this step; press again to stop at once", flush=True)
 
     for number in STOP_SIGNALS:
         signal.signal(number, handler)

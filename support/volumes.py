@@ -14,14 +14,8 @@ import nibabel as nib
 import numpy as np
 from nibabel.orientations import inv_ornt_aff, ornt_transform
 
+from support import images
 from support.cli import UserError, atomic_write
-from support.images import (
-    finite,
-    intensity_window,
-    whole_numbers,
-    why_unreadable,
-    window_to_uint8,
-)
 
 VOLUME_ENDINGS = (".nii.gz", ".nii")
 MAX_BYTES = 8 << 30  # of a volume, decompressed
@@ -65,7 +59,7 @@ def open_volume(path):
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     with opener(path, "rb") as file:
         start = file.read(544)
-        second = start[:4] in (b"\x1c\x02\0\0", b"\0\0\x02\x1c")
+        second = nib.Nifti2Header.may_contain_header(start)
         kind = nib.Nifti2Image if second else nib.Nifti1Image
         header = kind.header_class(start[: kind.header_class.template_dtype.itemsize])
         shape, itemsize = header.get_data_shape(), header.get_data_dtype().itemsize
@@ -76,8 +70,6 @@ def open_volume(path):
             raise UserError(f"{path}: half of a pair, .hdr and .img; save it as one .nii")
         content = start + file.read(max(size - len(start), 0))
         file.read(1 << 20)  # gzip checks the sum at the end of the file
-    if len(content) < size:
-        raise UserError(f"{path}: truncated, {len(content)} of {size} bytes; copy it again")
     return kind.from_bytes(content)
 
 
@@ -101,12 +93,14 @@ def read_volume(path, labels=False):
     except UserError:
         raise
     except Exception as error:  # damaged files make nibabel raise many kinds of exceptions
-        raise UserError(why_unreadable(path, "NIfTI volume", error)) from None
+        raise UserError(images.why_unreadable(path, "NIfTI volume", error)) from None
     orientation = nib.io_orientation(image.affine)
     if np.isnan(orientation).any():  # an affine that flattens space says nothing of orientation
         orientation = RAS
-    checked = finite(values, path)  # also of labels: a volume without a finite value is refused
-    values = whole_numbers(values, path) if labels else checked
+    checked = images.finite(
+        values, path
+    )  # also of labels: a volume without a finite value is refused
+    values = images.whole_numbers(values, path) if labels else checked
     values = nib.apply_orientation(values.reshape((*image.shape, 1)[:3]), orientation)
     return values, Geometry(image.header, image.affine, image.shape, orientation)
 
@@ -161,6 +155,6 @@ def slices_to_uint8(volume, window=None):
     The window's (low, high) intensities become 0 and 255. Without a window, as in magnetic
     resonance, the volume's own percentiles are taken: see `intensity_window`.
     """
-    window = window or intensity_window(volume)
-    grey = np.stack([window_to_uint8(x, window) for x in slices_of(volume)])[..., None]
+    window = window or images.intensity_window(volume)
+    grey = np.stack([images.window_to_uint8(x, window) for x in slices_of(volume)])[..., None]
     return np.broadcast_to(grey, (*grey.shape[:3], 3))

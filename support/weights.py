@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from support.cli import UserError, atomic_write, one_line
 
 DEFAULT_WEIGHTS = Path(__file__).parent.parent / "weights" / "nano.safetensors"  # ships with us
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def write_weights(path, tensors, config, half=False):
@@ -95,8 +96,8 @@ def load_strict(module, tensors, path):
         need, have = list(expected[name].shape), list(tensors[name].shape)
         if need != have:
             wrong.append(f"{name} is {have}, not {need}")
-        elif not tensors[name].is_floating_point():
-            wrong.append(f"{name} is {tensors[name].dtype}")
+        elif tensors[name].dtype not in FLOATS:
+            wrong.append(f"{name} is {tensors[name].dtype}, not a float of 16 to 64 bits")
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         text = one_line("; ".join(wrong[:5]))

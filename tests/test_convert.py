@@ -24,6 +24,7 @@ from sdseg import PRESETS, SDSeg, build_empty
 from support.ckpt import read_tensors
 from support.cli import UserError, run_command
 from support.diffusers_names import compvis_names
+from support.weights import write_weights
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -36,7 +37,6 @@ TINY = {
 }
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 BIAS = UNET + "out.2.bias"
-FUZZ = int(os.environ.get("FUZZ", 200))  # damaged files to try
 
 
 def full_size(file, part):
@@ -62,16 +62,19 @@ def published(**buffers):
     return compvis("ldm") | unet | tau | settings | buffers
 
 
-def diffusers(part, old_names=False):
+def diffusers(part):
     """The golden weights of a diffusers U-Net or VAE."""
-    tensors = golden_weights(golden("diffusers-tiny")[0][part], f"{part}.")
-    return with_old_names(tensors) if old_names else tensors
+    return golden_weights(golden("diffusers-tiny")[0][part], f"{part}.")
 
 
 def with_old_names(vae):
     for new, old in OLD_NAMES.items():
         vae = {k.replace(f".{new}.", f".{old}."): v for k, v in vae.items()}
     return vae
+
+
+def shapes(tensors):
+    return {k: v.shape for k, v in tensors.items()}
 
 
 def only(prefix, tensors):
@@ -92,10 +95,9 @@ def save_ckpt(tensors, path):
     """A .ckpt as Lightning writes it: weights beside other objects."""
     callback = ModelCheckpoint()
     callback.path, callback.score = Path("x"), torch.tensor(0.5).numpy()[()]
-    callbacks = {ModelCheckpoint: {"best_model_score": callback}}
     adam = {"state": {0: {"exp_avg": torch.ones(3), "step": 7}}, "param_groups": [{"lr": 1e-4}]}
-    content = {"callbacks": callbacks, "state_dict": tensors, "optimizer_states": [adam]}
-    torch.save(content, path)
+    callbacks = {ModelCheckpoint: callback}
+    torch.save({"callbacks": callbacks, "state_dict": tensors, "optimizer_states": [adam]}, path)
 
 
 @pytest.fixture
@@ -114,13 +116,14 @@ def close(a, b):
 
 
 @torch.no_grad()
-def check_outputs(model, unet, expected, vae="vae-tiny"):
-    """The networks compute what the public code computed: the goldens of these names."""
-    g, v = golden(unet)[1], golden(vae)[1]
+def check_outputs(unet, expected, vae="vae-tiny", file="out.safetensors"):
+    """The networks of a file compute what the public code computed: the goldens of these names."""
+    model, g, v = SDSeg.load(file), golden(unet)[1], golden(vae)[1]
     close(model.unet(torch.cat([g["z_t"], g["z_c"]], 1), g["t"]), g[expected])
     mean = model.vae.encode(v["image"])[0]
     close(mean, v["moments_mean"])
     close(model.vae.decode(mean), v["decode_of_mean"])
+    return model
 
 
 # ---- names ----
@@ -135,48 +138,37 @@ def test_full_size_names_are_all_used_and_none_invented(preset, kind):
     unet = full_size(f"unet-{preset}", "state_dict")
     tensors = unet | full_size("vae-kl-f8", "first_stage_model")
     if kind == "ema":
-        tensors = converter.swap_averages(tensors | averages(unet))
+        tensors = converter.take_averages(tensors | averages(unet))
     if kind == "published":
         tensors[CONV_IN] = unet[CONV_IN].repeat(1, 2, 1, 1)
         tensors |= full_size("vae-kl-f8", "cond_stage_model")
     weights, left = converter.convert(tensors, PRESETS[preset])
-    assert left.keys() == (averages(unet).keys() if kind == "ema" else set())
-    ours = build_empty(PRESETS[preset], "").state_dict()
-    assert {k: v.shape for k, v in weights.items()} == {k: v.shape for k, v in ours.items()}
+    assert left.keys() == ({f"plain U-Net.{k}" for k in unet} if kind == "ema" else set())
+    assert shapes(weights) == shapes(build_empty(PRESETS[preset], "").state_dict())
 
 
-@pytest.mark.parametrize("part", ["unet", "vae", "old vae"])
-def test_full_size_names_of_diffusers(part):
+@pytest.mark.parametrize("old_names", [False, True])
+def test_full_size_names_of_diffusers(old_names):
     """diffusers names, new and old, become exactly the CompVis names of the same shapes."""
-    tensors = full_size("diffusers-sd-v1", part.removeprefix("old "))
-    renamed = compvis_names(with_old_names(tensors) if part == "old vae" else tensors)
-    if part == "unet":
-        public = full_size("unet-sd-v1", "state_dict")
-    else:  # LDM's kl-f8 has no prefix
-        public = full_size("vae-kl-f8", "first_stage_model")
-        public = {name.removeprefix(VAE): value for name, value in public.items()}
-    assert {k: v.shape for k, v in renamed.items()} == {k: v.shape for k, v in public.items()}
+    vae = full_size("diffusers-sd-v1", "vae")
+    renamed = compvis_names(with_old_names(vae) if old_names else vae)
+    public = full_size("vae-kl-f8", "first_stage_model")
+    assert shapes(renamed) == shapes({k.removeprefix(VAE): v for k, v in public.items()})
+    unet = compvis_names(full_size("diffusers-sd-v1", "unet"))
+    assert shapes(unet) == shapes(full_size("unet-sd-v1", "state_dict"))
 
 
 # ---- numbers ----
 
 
-@pytest.mark.parametrize(
-    "family, write, name",
-    [
-        ("sd", save_ckpt, "a.ckpt"),
-        ("ldm", save_ckpt, "b.safetensors"),  # its content tells what a source is, not its name
-        ("ldm", save_file, "c.ckpt"),
-    ],
-)
+@pytest.mark.parametrize("family, write", [("sd", save_ckpt), ("ldm", save_file)])
 @torch.no_grad()
-def test_checkpoints_give_the_reference_outputs(tiny, family, write, name):
-    """The converted model computes what the original does, whatever kind of file it came in."""
-    write(compvis(family), name)
-    run(name, "--out", "out.safetensors")
-    model, image = SDSeg.load("out.safetensors"), golden("vae-tiny")[1]["image"]
-    check_outputs(model, f"unet-{family}-tiny", "eps_zero_init")
-    assert torch.equal(model.tau(image), model.vae.encode(image)[0])
+def test_checkpoints_give_the_reference_outputs(tiny, family, write):
+    """The converted model computes what the original does, and tau what its encoder does."""
+    write(compvis(family), "model.ckpt")
+    run("model.ckpt", "--out", "out.safetensors")
+    model = check_outputs(f"unet-{family}-tiny", "eps_zero_init")
+    close(model.tau(golden("vae-tiny")[1]["image"]), golden("vae-tiny")[1]["moments_mean"])
     assert model.config == TINY["sd-v1" if family == "sd" else "ldm-kl-8"]
 
 
@@ -186,19 +178,17 @@ def test_ema_and_half(tiny, capsys):
     save_ckpt({"state_dict": plain | averages(plain, 2.0)}, "model.ckpt")  # may be wrapped twice
     for out, *flags in (["plain"], ["ema", "--ema"], ["half", "--half"]):
         run("model.ckpt", "--out", f"{out}.safetensors", *flags)
-    name, public = "unet.out.2.bias", plain[BIAS]
+    public = plain[BIAS]
     for out, expected in (("plain", public), ("ema", 2 * public), ("half", public.half())):
-        assert torch.equal(load_file(f"{out}.safetensors")[name], expected)
-    whole, half = (Path(f"{out}.safetensors").stat().st_size for out in ("plain", "half"))
-    assert half < 0.55 * whole
+        assert torch.equal(load_file(f"{out}.safetensors")["unet.out.2.bias"], expected)
+    assert Path("half.safetensors").stat().st_size < 0.55 * Path("ema.safetensors").stat().st_size
     printed = capsys.readouterr().out
-    for row in ("loaded   averaged", "zeroed   4 new", "ignored  averaged", "ignored  optimiser"):
+    for row in ("ignored  model_ema", "ignored  plain U-Net", "ignored  optimizer_states"):
         assert row in printed
 
 
-@pytest.mark.parametrize("order", [1, -1])
-@pytest.mark.parametrize("family", ["sd", "ldm"])
-def test_an_autoencoder_beside_a_checkpoint_replaces_its_own(tiny, capsys, family, order):
+@pytest.mark.parametrize("family, source, order", [("sd", "diffusers", 1), ("ldm", "vae", -1)])
+def test_an_autoencoder_beside_a_checkpoint_replaces_its_own(tiny, capsys, family, source, order):
     """kl-f8 (bare names, a loss), or a diffusers VAE, gives the autoencoder, in any order."""
     tensors = compvis(family)
     bare = {k.removeprefix(VAE): v for k, v in only(VAE, tensors).items()}
@@ -207,11 +197,10 @@ def test_an_autoencoder_beside_a_checkpoint_replaces_its_own(tiny, capsys, famil
     torch.save(vae, "vae")
     torch.save(tensors | zeros, "unet")
     run(*["vae", "unet"][::order], "--out", "out.safetensors")
-    model, file = SDSeg.load("out.safetensors"), {"sd": "diffusers-tiny", "ldm": "vae-tiny"}[family]
-    check_outputs(model, f"unet-{family}-tiny", "eps_zero_init", file)
+    check_outputs(f"unet-{family}-tiny", "eps_zero_init", f"{source}-tiny")
     printed = capsys.readouterr().out
     assert "ignored  given twice " in printed
-    assert ("ignored  autoencoder's loss " in printed) == (family == "ldm")
+    assert ("ignored  loss " in printed) == (family == "ldm")
 
 
 @torch.no_grad()
@@ -219,29 +208,22 @@ def test_published_run_keeps_its_encoder_and_scales(tiny):
     """A run of the published code: 8 channels, its own tau, its scale of masks, z_c unscaled."""
     save_ckpt(published(), "last.ckpt")
     run("last.ckpt")
-    model, g = SDSeg.load("weights/sdseg-last.safetensors"), golden("vae-tiny")[1]
-    check_outputs(model, "unet-ldm-tiny", "eps")
+    model = check_outputs("unet-ldm-tiny", "eps", file="weights/sdseg-last.safetensors")
+    g, config = golden("vae-tiny")[1], model.config
     close(model.encode_image(g["image"]), g["sdseg_condition"])
-    assert model.config.mask_scale == pytest.approx(0.1145) and model.config.image_scale == 1
-    assert (model.config.beta_start, model.config.beta_end) == (0.0015, 0.0155)
+    assert config.mask_scale == pytest.approx(0.1145) and config.image_scale == 1
+    assert (config.beta_start, config.beta_end) == (0.0015, 0.0155)
 
 
-@pytest.mark.parametrize("ending", ["safetensors", "fp16.safetensors", "bin", "fp16.bin"])
-def test_diffusers_folder_gives_the_reference_outputs(tmp_path, ending):
-    """A diffusers folder: .safetensors with new names, .bin with old ones, in 32 or 16 bits."""
-    for part in ("unet", "vae"):
-        tensors = diffusers(part, old_names=part == "vae" and ending.endswith("bin"))
-        if ending.startswith("fp16"):
-            tensors = {k: v.half() for k, v in tensors.items()}
-        (tmp_path / part).mkdir()
-        write = torch.save if ending.endswith("bin") else save_file
-        write(tensors, tmp_path / part / f"diffusion_pytorch_model.{ending}")
-    weights, _ = converter.convert(converter.read_source(tmp_path), TINY["sd-v1"])
-    assert torch.equal(weights["vae.quant_conv.bias"], tensors["quant_conv.bias"])
-    if not ending.startswith("fp16"):
-        model = SDSeg(TINY["sd-v1"])
-        model.load_state_dict(weights)
-        check_outputs(model, "diffusers-tiny", "eps_without_cross_attention", "diffusers-tiny")
+@pytest.mark.parametrize("ending, write", [("safetensors", save_file), ("fp16.bin", torch.save)])
+def test_diffusers_folder_gives_the_reference_outputs(tiny, ending, write):
+    """A diffusers folder: .safetensors with new names, .bin with old ones."""
+    for part, tensors in (("unet", diffusers("unet")), ("vae", with_old_names(diffusers("vae")))):
+        Path(part).mkdir()
+        write(tensors, Path(part, f"diffusion_pytorch_model.{ending}"))
+    weights, _ = converter.convert(converter.read_source(Path()), TINY["sd-v1"])
+    write_weights("out.safetensors", weights, TINY["sd-v1"])
+    check_outputs("diffusers-tiny", "eps_without_cross_attention", "diffusers-tiny")
 
 
 # ---- pickles are not run ----
@@ -257,33 +239,25 @@ class Call:
         return self.call
 
 
-ATTACKS = [
-    (eval, "open('EXECUTED', 'w')"),
-    (exec, "open('EXECUTED', 'w')"),
-    (subprocess.call, ["touch", "EXECUTED"]),
-    (open, "EXECUTED", "w"),
-    (importlib.import_module, "attack"),
-    (os.system, "touch EXECUTED"),  # PyTorch refuses every function of os
-]
-
-
-@pytest.mark.parametrize("protocol", [2, 4])
-@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack[0].__name__)
-def test_a_malicious_pickle_has_no_effect(tmp_path, monkeypatch, attack, protocol):
+@pytest.mark.parametrize(
+    "function, argument, protocol",
+    [
+        (eval, "open('EXECUTED', 'w')", 2),
+        (eval, "open('EXECUTED', 'w')", 4),
+        (os.system, "touch EXECUTED", 2),  # PyTorch refuses every function of os
+    ],
+)
+def test_a_malicious_pickle_has_no_effect(tmp_path, monkeypatch, function, argument, protocol):
     """What a pickle wants to call is not called; the weights beside it are read, or nothing is."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(tmp_path)
-    Path("attack.py").write_text("open('EXECUTED', 'w')")
-    content = {"state_dict": {"a": torch.arange(6.0)}, "x": Call(*attack)}
+    content = {"state_dict": {"a": torch.arange(6.0)}, "x": Call(function, argument)}
     torch.save(content, "attack.ckpt", pickle_protocol=protocol)
-    if protocol == 4 or attack[0] is os.system:
-        with pytest.raises(UserError, match="attack.ckpt: .* could run programs"):
+    if protocol == 4 or function is os.system:
+        with pytest.raises(UserError, match="attack.ckpt: .* more than weights"):
             read_tensors("attack.ckpt")
     else:
-        tensors = read_tensors("attack.ckpt")
-        assert list(tensors) == ["a"] and torch.equal(tensors["a"], torch.arange(6.0))
+        assert torch.equal(read_tensors("attack.ckpt")["a"], torch.arange(6.0))
     assert not Path("EXECUTED").exists()
-    sys.modules.pop("attack", None)
     torch.load("attack.ckpt", weights_only=False)
     assert Path("EXECUTED").exists(), "the attack was no attack"
 
@@ -310,33 +284,25 @@ def big(name=None, shape=None, preset="sd-v1"):
 
 
 def with_type(dtype):
-    return big() | {BIAS: torch.zeros(4, dtype=dtype)}
+    return {name: value.to(dtype) for name, value in big(preset="ldm-kl-8").items()}
 
 
 MODELS = {  # what is wrong: the checkpoint, what the refusal says
-    "SD 2": (lambda: big(CONTEXT, [320, 1024]), "Stable Diffusion 2.x"),
+    "SD 2": (lambda: big(CONTEXT, [320, 1024]), "Stable Diffusion 2"),
     "inpainting": (lambda: big(CONV_IN, [320, 9, 3, 3]), "an inpainting model"),
-    "edit": (lambda: big(CONV_IN, [320, 8, 3, 3]), "is [320, 8, 3, 3]"),
     "no channels": (lambda: big(CONV_IN, [320]), "is [320]"),
-    "SDXL": (lambda: dict.fromkeys([CONV_IN, "conditioner.a"], torch.ones(1)), "XL"),
-    "unknown": (lambda: {CONV_IN: torch.ones(1)}, "unknown family"),
+    "SDXL": (lambda: {CONV_IN: torch.ones(1)}, "Stable Diffusion XL"),
     "missing": (lambda: big(BIAS, None), "missing unet.out.2.bias"),
     "misshapen": (lambda: big(BIAS, [7], "ldm-kl-8"), "unet.out.2.bias is [7], not [4]"),
     "huge": (lambda: big(CONV_IN, [2**40, 4, 3, 3]), "is [1099511627776, 8, 3, 3], not [320"),
     "no dimension": (lambda: big(VAE + "quant_conv.bias", []), "vae.quant_conv.bias is [], not"),
     "extra": (lambda: big() | {VAE + "x": torch.ones(1)}, "unexpected vae.x"),
     "no autoencoder": (lambda: only(UNET, big(preset="ldm-kl-8")), "without autoencoder"),
-    "no U-Net": (lambda: only(VAE, big()), "give a Stable Diffusion v1 checkpoint, or LDM's"),
-    "diffusers VAE": (lambda: diffusers("vae"), "an autoencoder without U-Net"),
-    "another model": (lambda: {"layer.weight": torch.ones(3)}, "no U-Net"),
-    "nothing": (dict, "no tensors"),
-    "integers": (lambda: with_type(torch.int32), "out.2.bias is torch.int32"),
-    "float8": (lambda: with_type(torch.float8_e4m3fn), "float8_e4m3fn; give a file of 16-bit"),
+    "no U-Net": (lambda: only(VAE, big()), "no U-Net of Stable Diffusion v1 or LDM"),
+    "integers": (lambda: with_type(torch.int32), "is torch.int32"),
+    "float8": (lambda: with_type(torch.float8_e4m3fn), "is torch.float8_e4m3fn"),
     "no scale": (lambda: published(scale_factor=0.1145), "scale_factor"),
-    "scale of zero": (lambda: published(scale_factor=torch.tensor(0.0)), "scale_factor"),
     "scale not finite": (lambda: published(scale_factor=torch.tensor(torch.nan)), "scale_factor"),
-    "two scales": (lambda: published(scale_factor=torch.ones(2)), "scale_factor"),
-    "ours": (lambda: {"unet.input_blocks.0.0.weight": torch.ones(1)}, "converted already"),
 }
 
 
@@ -350,18 +316,14 @@ def check_refusal(capsys, says, *arguments):
     assert sorted(Path().rglob("*")) == before and not printed
 
 
-def test_arguments_that_cannot_be(tmp_path, capsys, monkeypatch):
+def test_arguments_that_cannot_be(tiny, capsys):
     """--ema without averages; --out that is the source, or no .safetensors; no such source."""
-    monkeypatch.chdir(tmp_path)
-    torch.save(big(), "model.safetensors")
-    Path("unet").mkdir()
-    Path("unet", "diffusion_pytorch_model.bin").write_bytes(b"x")
+    save_file(compvis("ldm"), "model.safetensors")
     check_refusal(capsys, "no averaged U-Net", "model.safetensors", "--ema")
     check_refusal(capsys, "is the source", "model.safetensors", "--out", "./model.safetensors")
     check_refusal(capsys, "ends in .safetensors", "model.safetensors", "--out", "model.ckpt")
-    check_refusal(capsys, "nowhere.ckpt: no such file", "nowhere.ckpt")
-    check_refusal(capsys, "no vae/diffusion_pytorch_model", ".")
-    check_refusal(capsys, "no unet/diffusion_pytorch_model", "unet")
+    check_refusal(capsys, "No such file or directory: 'nowhere.ckpt'", "nowhere.ckpt")
+    check_refusal(capsys, "no unet/diffusion_pytorch_model", ".")
 
 
 # ---- damaged files ----
@@ -382,11 +344,10 @@ def ckpt(value):
 
 
 def with_count(count):
-    """A .ckpt of 70,001 numbers that claims to have `count` of them."""
+    """A .ckpt of 70,001 numbers that claims to have `count` of them, in storage and shape."""
     archive = zipfile.ZipFile(io.BytesIO(ckpt({"a": torch.zeros(70001)})))
     members = {name: archive.read(name) for name in archive.namelist()}
-    true, claimed = (b"J" + struct.pack("<i", n) for n in (70001, count))
-    assert members["archive/data.pkl"].count(true) == 2  # the storage, and the tensor's shape
+    true, claimed = (struct.pack("<i", n) for n in (70001, count))
     members["archive/data.pkl"] = members["archive/data.pkl"].replace(true, claimed)
     return zip_of(members)
 
@@ -408,24 +369,19 @@ def with_member_size(size):
 
 WHOLE = ckpt({"a": torch.zeros(4)})
 FILES = {
-    "empty": (b"", "empty"),
-    "text": (b"hello\n" * 200, "a text file"),
-    "web page": (b"\n <!DOCTYPE html><html><body>Sign in</body></html>", "a web page"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer"),
-    "image": (b"\x89PNG\r\n\x1a\n" + bytes(100), "neither"),
-    "old format": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M", "before 1.6"),
+    "empty": (b"", "it begins with b''"),
+    "web page": (b"<!DOCTYPE html><html><body>Sign in</body></html>", "b'<!DOCTYPE html>"),
+    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "b'version https"),
+    "old format": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M", "PyTorch 1.6"),
     "other zip": (zip_of({"model.ckpt": b"x"}, zipfile.ZIP_DEFLATED), "unpack it"),
     "foreign dict": (ckpt({"a": collections.defaultdict(int, b=1)}), "damaged"),
-    "cut in half": (WHOLE[: len(WHOLE) // 2], "truncated or damaged"),
-    "cut by a byte": (WHOLE[:-1], "truncated or damaged"),
-    "count absurd": (with_count(2**31 - 1), "truncated or damaged"),
-    "count negative": (with_count(-1), "truncated or damaged"),
-    "shape too large": (with_shape((5,)), "truncated or damaged"),
-    "shape absurd": (with_shape((2**62, 8), (0, 0)), "truncated or damaged"),
-    "offset outside": (with_shape((4,), offset=2**40), "truncated or damaged"),
-    "offset negative": (with_shape((4,), offset=-2), "truncated or damaged"),
-    "zip bomb": (zip_of({"a/data.pkl": bytes(10**7)}, zipfile.ZIP_DEFLATED), "is compressed"),
-    "member absurd": (with_member_size(2**31), "claims more bytes than the file has"),
+    "cut by a byte": (WHOLE[:-1], "damaged"),
+    "count absurd": (with_count(2**31 - 1), "damaged"),
+    "shape too large": (with_shape((5,)), "damaged"),
+    "shape absurd": (with_shape((2**62, 8), (0, 0)), "damaged"),
+    "offset outside": (with_shape((4,), offset=2**40), "damaged"),
+    "zip bomb": (zip_of({"a/data.pkl": bytes(10**7)}, zipfile.ZIP_DEFLATED), "a zip that"),
+    "member absurd": (with_member_size(2**31), "a zip that"),
     "header absurd": (struct.pack("<Q", 2**62) + save({"x": torch.zeros(4)})[8:], "damaged"),
     "numbers missing": (save({"x": torch.zeros(4)})[:-1], "damaged"),
 }
@@ -468,28 +424,18 @@ def test_reading_takes_no_memory(tmp_path):
     assert count == 10 and kilobytes < 20_000
 
 
-def damaged(content, rng):
-    """Change, cut out, repeat or replace bytes, most often where the structure is."""
-    content = bytearray(content)
-    for _ in range(rng.randint(1, 4)):
-        i = rng.choice([rng.randrange(len(content)), rng.randrange(min(2000, len(content)))])
-        n = rng.randint(1, 40)
-        new = rng.choice([b"", bytes(1), b"\xff", rng.randbytes(8), content[i : i + n] * 2])
-        content[i : i + (n if new == b"" else len(new))] = new
-    return bytes(content)
-
-
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 def test_damaged_files_are_read_or_refused(tmp_path):
     """Of files damaged at random each is read or refused: no traceback, no hang, no crash."""
-    rng, refused = random.Random(0), 0
+    rng, refused, path = random.Random(0), 0, tmp_path / "x"
     tensors = {"a.weight": torch.randn(3, 4), "b": torch.randn(3, 2)}
-    seeds = [ckpt({"state_dict": tensors, "path": Path("x")}), ckpt(tensors), save(tensors)]
-    for i in range(FUZZ):
-        (tmp_path / "x").write_bytes(damaged(seeds[i % 3], rng))
+    for content in [ckpt({"state_dict": tensors, "path": Path("x")}), save(tensors)] * 100:
+        i, n = rng.randrange(min(2000, len(content))), rng.randint(1, 40)
+        new = rng.choice([b"", rng.randbytes(n), content[i : i + n] * 2])
+        path.write_bytes(content[:i] + new + content[i + n :])
         try:
-            assert all(torch.is_tensor(t.clone()) for t in read_tensors(tmp_path / "x").values())
+            assert all(torch.is_tensor(t.clone()) for t in read_tensors(path).values())
         except UserError as error:
             refused += 1
             assert "\n" not in str(error)
-    assert FUZZ // 10 < refused < FUZZ
+    assert 10 < refused < 200

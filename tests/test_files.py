@@ -46,23 +46,17 @@ def test_a_mark_does_not_change_the_rest_of_a_deep_image(name, kind, odd, grey, 
     assert np.abs(clean - marked)[:, 44:].max() <= 1
 
 
-def turned(path, orientation):
-    """NOISE with an EXIF orientation; 1 means none."""
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    Image.fromarray(NOISE).save(path, exif=exif)
-    return path
-
-
-@pytest.mark.parametrize("image, mask, text", [
-    (1, 1, None), (6, 6, None), (3, 1, "3 in the image, 1 in its mask"), (1, 3, "1 in the image"),
-])  # fmt: skip
-def test_exif_on_one_of_two_files_is_said(image, mask, text, tmp_path):
+def test_exif_turns_upright_and_one_sided_exif_is_said(tmp_path):
     """EXIF turns images and masks upright; where it turns one of them only, a remark says so."""
-    files = turned(tmp_path / "image.jpg", image), turned(tmp_path / "mask.png", mask)
-    assert read_image(files[0]).shape == ((30, 20, 3) if image == 6 else (20, 30, 3))
-    remark = compare_exif(*files)
-    assert text in remark if text else remark is None
+    paths = {}
+    for orientation in (1, 3, 6):  # upright, upside down, a quarter turn
+        exif, path = Image.Exif(), tmp_path / f"{orientation}.jpg"
+        exif[0x0112] = orientation
+        Image.fromarray(NOISE).save(path, exif=exif)
+        paths[orientation] = path
+    assert read_image(paths[1]).shape == (20, 30, 3) and read_image(paths[6]).shape == (30, 20, 3)
+    assert compare_exif(paths[6], paths[6]) is None
+    assert "3 in the image, 1 in its mask" in compare_exif(paths[3], paths[1])
 
 
 def test_the_first_of_several_frames_is_used(tmp_path, capsys):
@@ -80,16 +74,14 @@ def cut_short(path):
 
 
 BAD_IMAGES = {  # name: how to make it, the words of the refusal
-    "bomb.png": (lambda p: Image.new("1", (20_000, 20_000)).save(p), "at most 100 million"),
+    "bomb.png": (lambda p: Image.new("1", (20_000, 20_000)).save(p), "limit of 100000000 pixels"),
     "cut.png": (cut_short, "not a readable image"),
     "empty.png": (lambda p: p.touch(), "empty file"),
-    "text.png": (lambda p: p.write_text("hello"), "not a readable image"),
     "postscript.png": (lambda p: p.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "cannot identify"),
     "NaN.tif": (lambda p: Image.fromarray(NOISE[..., 0] * np.float32(np.nan)).save(p), "is finite"),
     "folder.png": (lambda p: p.mkdir(), "directory"),
     "missing.png": (lambda p: None, "No such file"),
     "scan.nrrd": (lambda p: p.write_bytes(b"NRRD0004"), "dcm2niix"),
-    "scan.mha": (lambda p: p.write_text("ObjectType = Image"), "dcm2niix"),
     "IM0001": (lambda p: p.write_bytes(bytes(128) + b"DICM" + bytes(9)), "dcm2niix"),
 }
 
@@ -122,10 +114,10 @@ def coloured(i, colour):
     return Image.fromarray(DISC[i][..., None] * np.array(colour, np.uint8))
 
 
-def cutout(i, colour, mode="RGBA", opacity=255):
+def cutout(i, colour, mode="RGBA"):
     """A disc of one colour, the rest transparent and white."""
     image = Image.new("RGBA", DISC[i].shape[::-1], (255, 255, 255, 0))
-    image.paste((*colour, opacity), mask=Image.fromarray(DISC[i]))
+    image.paste((*colour, 255), mask=Image.fromarray(DISC[i]))
     return image.convert(mode)
 
 
@@ -141,10 +133,6 @@ def bordered(i, ids):
     return np.where((wide > 0) & (ids[i] == 0), 255, ids[i]).astype(np.uint8)
 
 
-def soft(i):
-    return grey(i).filter(ImageFilter.GaussianBlur(0.7))
-
-
 RIGHT = {  # what, ending: how to make mask i, its class ids
     "0 and 255.png": (grey, DISC),
     "0 and 1.png": (lambda i: grey(i, 1), DISC),
@@ -153,18 +141,16 @@ RIGHT = {  # what, ending: how to make mask i, its class ids
     "16-bit ids.png": (lambda i: Image.fromarray(IDS[i].astype(np.uint16)), IDS),
     "0.99999994.tif": (lambda i: Image.fromarray(DISC[i] * np.float32(0.99999994)), DISC),
     "NaN.tif": (lambda i: Image.fromarray(np.where(DISC[i], np.float32(1), np.nan)), DISC),
-    "smooth edges.png": (soft, DISC),
+    "smooth edges.png": (lambda i: grey(i).filter(ImageFilter.GaussianBlur(0.7)), DISC),
+    "0, 1 or 255.png": (lambda i: grey(i, 1 if i == 2 else 255), DISC),
     "grey.jpg": (grey, DISC),
     "grey in RGB.jpg": (lambda i: coloured(i, (255, 255, 255)), DISC),
-    "grey.webp": (grey, DISC),
     "black cut out.png": (lambda i: cutout(i, (0, 0, 0)), DISC),
-    "black cut out, faint.png": (lambda i: cutout(i, (0, 0, 0), opacity=90), DISC),
     "white cut out.png": (lambda i: cutout(i, (255, 255, 255), "LA"), DISC),
     "red cut out.png": (lambda i: cutout(i, (255, 0, 0)), DISC),
     "id 1 cut out.png": (lambda i: cutout(i, (1, 1, 1)), DISC),
     "alpha unused.png": (lambda i: Image.merge("LA", (grey(i), grey(i).point(lambda v: 0))), DISC),
     "VOC palette.png": (lambda i: indexed(IDS[i], VOC), IDS),
-    "VOC palette.gif": (lambda i: indexed(IDS[i], VOC), IDS),
     "white first.png": (lambda i: indexed(~DISC[i], [255] * 3 + [0] * 3), DISC),
     "grey palette.png": (lambda i: grey(i, 1, 2).convert("P"), IDS),
 }
@@ -196,24 +182,17 @@ def test_masks_that_are_read_right(what, tmp_path):
 THREE = "black and white, with greys at the edges only"
 REFUSED = {  # what, ending: how to make mask i, the words of the refusal
     "red.png": (lambda i: coloured(i, (255, 0, 0)), "a mask in colours"),
-    "red.jpg": (lambda i: coloured(i, (255, 0, 0)), "a mask in colours"),
     "green.jpg": (lambda i: coloured(i, (0, 255, 0)), "a mask in colours"),
-    "blue.jpg": (lambda i: coloured(i, (0, 0, 255)), "a mask in colours"),
-    "yellow.jpg": (lambda i: coloured(i, (255, 255, 0)), "a mask in colours"),
     "nearly black.png": (lambda i: coloured(i, (0, 0, 1)), "a mask in colours"),
     "0 and 1.jpg": (lambda i: grey(i, 1), THREE),
     "0 and 1.webp": (lambda i: grey(i, 1), THREE),
-    "0 and 100.jpg": (lambda i: grey(i, 100), THREE),
     "0 and 200.jpg": (lambda i: grey(i, 200), THREE),
-    "0, 20 and 255.jpg": (lambda i: grey(i, 20, 255), THREE),
     "0, 128 and 255.jpg": (lambda i: grey(i, 128, 255), THREE),
     "0, 200 and 255.jpg": (lambda i: grey(i, 200, 255), THREE),
     "0 and 100.png": (lambda i: grey(i, 100), "mask values 0, 100"),
     "0, 128 and 255.png": (lambda i: grey(i, 128, 255), "mask values 0, 128, 255"),
     "0, 1 and void.png": (lambda i: Image.fromarray(bordered(i, DISC)), "mask values 0, 1, 255"),
-    "ids and void.png": (lambda i: Image.fromarray(bordered(i, IDS)), "values 0, 1, 2, 255"),
     "VOC and void.png": (lambda i: indexed(bordered(i, IDS), VOC + [9] * 756), "0, 1, 2, 255"),
-    "0, 1 or 255.png": (lambda i: grey(i, 1 if i == 2 else 255), "mask values 0, 1; "),
     "ids with a gap.png": (lambda i: grey(i, 1, 3), "no training mask holds class id 2"),
     "16 bits.png": (lambda i: Image.fromarray(DISC[i].astype(np.uint16) * 65535), "0, 65535"),
     "0.7.tif": (lambda i: Image.fromarray(DISC[i] * np.float32(0.7)), "whole numbers"),
@@ -255,9 +234,8 @@ OBLIQUE = nib.affines.from_matvec(
 )
 
 
-def save_volume(path, values, affine=GRID, **keywords):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(values, affine, **keywords), path)
+def save_volume(path, values, affine=GRID):
+    nib.save(nib.Nifti1Image(values, affine), path)
     return path
 
 
@@ -277,30 +255,20 @@ def test_a_volume_comes_back_where_it_was(codes, tmp_path):
     np.testing.assert_allclose(again.header.get_zooms(), stored.header.get_zooms(), atol=1e-5)
 
 
-TYPES = "uint8 int8 int16 uint16 int32 uint32 int64 uint64 float32 float64".split()
-
-
-@pytest.mark.parametrize("dtype", TYPES)
-def test_voxels_of_every_type(dtype, tmp_path):
-    """Every integer and float type, with a slope and an intercept."""
-    image = nib.Nifti1Image(np.arange(24).reshape(2, 3, 4).astype(dtype), GRID, dtype=dtype)
-    image.header.set_slope_inter(2, -5)
-    nib.save(image, tmp_path / "v.nii")
-    values, _ = read_volume(tmp_path / "v.nii")
-    np.testing.assert_allclose(values, np.asarray(nib.load(tmp_path / "v.nii").dataobj), rtol=1e-6)
-
-
 def test_odd_volumes(tmp_path):
-    """NaN and infinity become finite; one slice, a last axis of 1, no affine, and endings that lie
-    about compression: they are read.
+    """NaN and infinity become finite; one slice, a last axis of 1, no affine, a slope, and endings
+    that lie about compression: they are read.
     """
     values = np.array([1, np.nan, np.inf, -np.inf, 5, 2], np.float32).reshape(1, 2, 3)
     got, _ = read_volume(save_volume(tmp_path / "a.nii", values))
     assert sorted(got.ravel()) == [1, 1, 1, 2, 5, 5]
     got, geometry = read_volume(save_volume(tmp_path / "b.nii", np.zeros((4, 5, 1, 1), np.int16)))
     assert got.shape == (4, 5, 1) and geometry.shape == (4, 5, 1, 1)
-    path = save_volume(tmp_path / "c.nii", np.zeros((4, 5, 6), np.int16), None)
-    assert read_volume(path)[0].shape == (4, 5, 6)
+    image = nib.Nifti1Image(np.arange(120).reshape(4, 5, 6).astype(np.int16), None)
+    image.header.set_slope_inter(2, -5)
+    path = tmp_path / "c.nii"
+    nib.save(image, path)
+    assert np.array_equal(np.unique(read_volume(path)[0]), np.arange(120) * 2 - 5)
     (tmp_path / "d.nii").write_bytes(gzip.compress(path.read_bytes()))
     (tmp_path / "e.nii.gz").write_bytes(path.read_bytes())
     assert read_volume(tmp_path / "d.nii")[0].shape == (4, 5, 6)
@@ -318,37 +286,20 @@ def test_labels_of_a_volume(tmp_path):
             read_volume(save_volume(tmp_path / "v.nii", values), labels=True)
 
 
-def broken_header(offset, kind, *values):
-    """A function that writes a small volume with other values at one place of its header."""
-
-    def make(path):
-        content = bytearray(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), GRID).to_bytes())
-        struct.pack_into(kind, content, offset, *values)
-        path.write_bytes(gzip.compress(bytes(content)))
-
-    return make
-
-
-def pair_header(path):
-    header = nib.nifti1.Nifti1PairHeader()
-    header.set_data_shape((4, 4, 4))
-    path.write_bytes(header.structarr.tobytes() + bytes(600))
-
-
-def cut_volume(path):
-    save_volume(path, NOISE.astype(np.int16))
-    path.write_bytes(path.read_bytes()[:-300])
+def broken_header(path, offset, kind, *values):
+    """A small volume with other values at one place of its header."""
+    content = bytearray(nib.Nifti1Image(np.zeros((4, 4, 4), np.int16), GRID).to_bytes())
+    struct.pack_into(kind, content, offset, *values)
+    path.write_bytes(gzip.compress(bytes(content)))
 
 
 BAD_VOLUMES = {  # the words of the refusal: how to make it
-    "at most 8 GB": broken_header(40, "<8h", 3, 32767, 32767, 32767, 1, 1, 1, 1),
-    "affine holds NaN": broken_header(280, "<f", float("nan")),
-    "not a readable NIfTI volume": broken_header(70, "<h", 999),
-    "Compressed file ended": cut_volume,
+    "at most 8 GB": lambda p: broken_header(p, 40, "<8h", 3, 32767, 32767, 32767, 1, 1, 1, 1),
+    "affine holds NaN": lambda p: broken_header(p, 280, "<f", float("nan")),
+    "not a readable NIfTI volume": lambda p: broken_header(p, 70, "<h", 999),
     "4-D": lambda p: save_volume(p, np.zeros((4, 4, 4, 3), np.int16)),
     "give numbers": lambda p: save_volume(p, np.zeros((4, 4, 4), [(c, "u1") for c in "RGB"])),
     "no value is finite": lambda p: save_volume(p, np.full((4, 4, 4), np.nan, np.float32)),
-    "half of a pair": pair_header,
     "empty file": lambda p: p.touch(),
 }
 
@@ -368,18 +319,17 @@ def test_a_damaged_gzip_is_noticed(tmp_path):
     """Any bit changed, or the end cut off: refused, or the voxels are right all the same."""
     values = np.random.default_rng(0).integers(0, 9, (9, 8, 7)).astype(np.int16)
     path = save_volume(tmp_path / "v.nii.gz", values)
-    content, right = path.read_bytes(), read_volume(path)[0]
-    damaged = [bytearray(content) for _ in range(40)]
-    for copy, place in zip(damaged, np.linspace(10, len(content) - 1, len(damaged)).astype(int)):
-        copy[place] ^= 16
-    refused = 0
-    for copy in (*damaged, content[:-8]):
-        path.write_bytes(copy)
+    content, right, refused = path.read_bytes(), read_volume(path)[0], 0
+    path.write_bytes(content[:-8])
+    with pytest.raises(UserError, match="Compressed file ended"):
+        read_volume(path)
+    for place in np.linspace(10, len(content) - 1, 40).astype(int):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
         try:
             assert np.array_equal(read_volume(path)[0], right)
         except UserError:
             refused += 1
-    assert refused > 35
+    assert refused > 34
 
 
 def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path):
@@ -389,22 +339,19 @@ def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path):
     assert read_volume(tmp_path / "v.nii.gz")[0].shape == (4, 4, 4)
 
 
-def moved(x=0.0, spacing=1.5, angle=0.0):
-    rotation = nib.eulerangles.euler2mat(angle, 0, 0)
-    return nib.affines.from_matvec(rotation @ np.diag([spacing, 1.5, 4]), [x, 0, 0])
-
-
-@pytest.mark.parametrize("affine, remark", [
-    (moved(0.1), None), (moved(0.3), "origin (0.3, 0, 0) mm, spacing (1.5, 1.5, 4) mm"),
-    (moved(spacing=1.52), None), (moved(spacing=2), "spacing (2, 1.5, 4) mm, its image"),
-    (moved(angle=0.3), "voxel by voxel"),
+@pytest.mark.parametrize("x, spacing, angle, remark", [
+    (0.1, 1.5, 0, None), (0.3, 1.5, 0, "origin (0.3, 0, 0) mm, spacing (1.5, 1.5, 4) mm"),
+    (0, 1.52, 0, None), (0, 2, 0, "spacing (2, 1.5, 4) mm, its image"),
+    (0, 1.5, 0.3, "voxel by voxel"),
 ])  # fmt: skip
-def test_a_mask_in_another_grid_is_said(affine, remark, tmp_path):
+def test_a_mask_in_another_grid_is_said(x, spacing, angle, remark, tmp_path):
     """Origin, spacing or direction that differ by a tenth of a voxel: a remark with both."""
     voxels = np.arange(60, dtype=np.uint8).reshape(3, 4, 5)
-    there, here = (read_volume(save_volume(tmp_path / f"{i}.nii", voxels, a))[1]
-                   for i, a in enumerate((moved(), affine)))  # fmt: skip
-    said = compare_grids(there, here, "mask.nii")
+    rotation = nib.eulerangles.euler2mat(angle, 0, 0)
+    moved = nib.affines.from_matvec(rotation @ np.diag([spacing, 1.5, 4]), [x, 0, 0])
+    image, mask = (read_volume(save_volume(tmp_path / "v.nii", voxels, affine))[1]
+                   for affine in (GRID, moved))  # fmt: skip
+    said = compare_grids(image, mask, "mask.nii")
     assert remark in said if remark else said is None
 
 

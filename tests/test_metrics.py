@@ -8,6 +8,7 @@ import pytest
 import torch
 from conftest import tiny
 
+from support.cli import UserError
 from support.metrics import (
     benchmark_dice,
     bootstrap_interval,
@@ -24,39 +25,28 @@ from tools.stability import load_lpips, ms_ssim, psnr, ssim
 
 TRUTH = np.array([[0, 0, 1, 1], [0, 2, 1, 1], [2, 2, 0, 0]])
 GUESS = np.array([[0, 0, 0, 1], [2, 2, 1, 1], [2, 0, 0, 1]])
-
-
-def iou(prediction, truth, k=2):
-    return iou_from_counts(pixel_counts(prediction, truth, k))
+EMPTY, FULL = np.zeros((2, 3, 4), np.uint8), np.ones((2, 3, 4), np.uint8)
 
 
 # ---- Dice and IoU ----
 
 
-def test_dice_and_iou_by_hand():
-    """Class 1 shares 3 of 4 and 4 pixels, class 2 shares 2 of 3 and 3; numpy and torch agree."""
-    for convert in (np.asarray, torch.from_numpy):
-        guess, truth = convert(GUESS), convert(TRUTH)
-        np.testing.assert_array_equal(dice(guess, truth, 3), [6 / 8, 4 / 6])
-        np.testing.assert_array_equal(iou(guess, truth, 3), [3 / 5, 2 / 4])
-
-
-def test_empty_masks():
-    """Two empty masks score 1; one empty mask scores 0, whichever of the two it is."""
-    empty, full = np.zeros((2, 3, 4), np.uint8), np.ones((2, 3, 4), np.uint8)
-    for score in (dice, iou):
-        assert score(empty, empty) == 1
-        assert score(empty, full) == score(full, empty) == 0
-
-
-@pytest.mark.parametrize("shape", [(40,), (9, 11), (3, 5, 7)])
-def test_dice_identities(shape):
-    """Any shape: a map equals itself, the order does not matter, and Dice = 2 IoU / (1 + IoU)."""
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 4, (2, *shape), dtype=np.uint8)
-    assert (dice(a, a, 4) == 1).all() and (iou(a, a, 4) == 1).all()
-    np.testing.assert_array_equal(dice(a, b, 4), dice(b, a, 4))
-    np.testing.assert_allclose(dice(a, b, 4), 2 * iou(a, b, 4) / (1 + iou(a, b, 4)))
+@pytest.mark.parametrize(
+    "guess, truth, dice_by_hand, iou_by_hand",
+    [
+        (GUESS, TRUTH, [6 / 8, 4 / 6], [3 / 5, 2 / 4]),
+        (torch.from_numpy(GUESS), torch.from_numpy(TRUTH), [6 / 8, 4 / 6], [3 / 5, 2 / 4]),
+        (EMPTY, EMPTY, [1, 1], [1, 1]),
+        (EMPTY, FULL, [0, 1], [0, 1]),
+        (FULL, EMPTY, [0, 1], [0, 1]),
+    ],
+)
+def test_dice_and_iou_by_hand(guess, truth, dice_by_hand, iou_by_hand):
+    """Class 1 shares 3 of 4 and 4 pixels, class 2 shares 2 of 3 and 3; numpy and torch agree. Two
+    empty masks score 1; one empty mask scores 0, whichever of the two it is.
+    """
+    np.testing.assert_array_equal(dice(guess, truth, 3), dice_by_hand)
+    np.testing.assert_array_equal(iou_from_counts(pixel_counts(guess, truth, 3)), iou_by_hand)
 
 
 def test_counts_of_slices_add_up():
@@ -64,12 +54,6 @@ def test_counts_of_slices_add_up():
     a, b = np.random.default_rng(1).integers(0, 3, (2, 6, 8, 9))
     total = sum(pixel_counts(p, t, 3) for p, t in zip(a, b))
     np.testing.assert_array_equal(dice_from_counts(total), dice(a, b, 3))
-
-
-def test_dice_refuses_to_broadcast():
-    """A mask that was not resized to its image's size is an error, not a number."""
-    with pytest.raises(ValueError, match="differ"):
-        dice(np.ones((1, 4)), np.ones((4, 4)))
 
 
 def test_mean_dice_leaves_out_classes_that_no_truth_holds():
@@ -86,9 +70,8 @@ def test_hd95_by_hand():
     """One pixel against another: Pythagoras, in the unit of the spacing."""
     a, b = np.zeros((2, 9, 9), bool)
     a[1, 2] = b[4, 6] = True
-    assert hd95(a, b, (1, 1)) == 5
+    assert hd95(a, b, (1, 1)) == hd95(a[None], b[None], (7, 1, 1)) == 5
     assert hd95(a, b, (2, 0.5)) == pytest.approx(np.hypot(6, 2))
-    assert hd95(a[None], b[None], (7, 1, 1)) == 5
     assert np.isnan(hd95(a, b & False, (1, 1)))
     # 21 pixels lie 0 to 20 away from one of them. The 95th percentile is 19; backwards it is 0.
     line, start = np.ones((1, 21), bool), np.arange(21)[None] == 0
@@ -98,9 +81,8 @@ def test_hd95_by_hand():
 def test_components_by_hand():
     """Corners connect, also in 3-D; a U is one component, though its arms meet late."""
     u = np.array([[1, 0, 1, 0, 0], [1, 0, 1, 0, 1], [1, 1, 1, 0, 0], [0, 0, 0, 1, 0]], bool)
-    assert count_components(u, u) == (2, 2)
-    assert count_components(u, np.eye(4, 5, dtype=bool)) == (2, 1)
-    assert count_components(u, ~u) == (2, 0)
+    for other, overlapped in ((u, 2), (np.eye(4, 5, dtype=bool), 1), (~u, 0)):
+        assert count_components(u, other) == (2, overlapped)
     cube = np.zeros((3, 3, 3), bool)
     cube[[0, 1, 2], [0, 1, 2], [2, 1, 0]] = True
     assert count_components(cube, cube) == (1, 1)
@@ -125,46 +107,37 @@ def test_distances_and_components_equal_scipy(seed):
         assert hd95(a, b, spacing) == pytest.approx(expected, rel=1e-6)
 
 
-# ---- the polyp benchmark's Dice ----
+# ---- the polyp benchmark's Dice, and intervals ----
 
 
-def test_benchmark_dice_by_hand():
-    """Two pixels, one true: the lowest of 256 thresholds marks both, the others the true one."""
+def test_benchmark_dice():
+    """Two pixels by hand: the lowest of 256 thresholds marks both, the others the true one. And
+    the histogram gives what 256 passes over an image give.
+    """
     scores, truth = np.array([[0.2, 0.7]]), np.array([[0, 1]])
     assert benchmark_dice(scores, truth) == pytest.approx((2 / 3 + 255) / 256)
     assert benchmark_dice(scores, 1 - truth) == pytest.approx((2 / 3 + 0) / 256)
     assert benchmark_dice(scores, 0 * truth) == 0
     assert benchmark_dice(0 * scores, truth) == pytest.approx(2 / 3 / 256)
-
-
-def test_benchmark_dice_is_a_mean_over_thresholds():
-    """The histogram gives what 256 passes over the image give."""
     rng = np.random.default_rng(0)
     truth = rng.random((20, 30)) < 0.3
-    scores = (0.3 + 0.4 * rng.random((20, 30)) + 0.1 * truth).astype(np.float32)
-    stretched = (scores - scores.min()) / (scores.max() - scores.min())
-    levels = np.round(255 * stretched)
+    scores = 0.3 + 0.4 * rng.random((20, 30)) + 0.1 * truth
+    levels = np.round(255 * (scores - scores.min()) / np.ptp(scores))
     expected = np.mean([dice(levels >= i, truth) for i in range(256)])
     assert benchmark_dice(scores, truth) == pytest.approx(expected)
 
 
-# ---- intervals ----
-
-
 def test_bootstrap_resamples_groups():
-    """50 equal cases in a group are worth one: the interval is that of the groups' values."""
+    """50 equal cases in a group are worth one: the interval is that of the groups' values. By hand:
+    groups of 1 and 3 cases have the means 1, 1/4 and 0; one group has no interval.
+    """
     values = np.random.default_rng(0).normal(size=40)
-    alone = bootstrap_interval(values, np.arange(40))
-    grouped = bootstrap_interval(values.repeat(50), np.arange(40).repeat(50))
-    assert grouped == pytest.approx(alone)
     theory = 2 * 1.96 * values.std() / 40**0.5
-    assert np.ptp(alone) == pytest.approx(theory, rel=0.1)
-    independent = bootstrap_interval(values.repeat(50), np.arange(2000))
-    assert np.ptp(independent) == pytest.approx(theory / 50**0.5, rel=0.1)
-
-
-def test_bootstrap_by_hand():
-    """Groups of 1 and 3 cases: resampled means are 1, 1/4 and 0. One group has no interval."""
+    for copies in (1, 50):
+        grouped = bootstrap_interval(values.repeat(copies), np.arange(40).repeat(copies))
+        assert np.ptp(grouped) == pytest.approx(theory, rel=0.1)
+        alone = bootstrap_interval(values.repeat(copies), np.arange(40 * copies))
+        assert np.ptp(alone) == pytest.approx(theory / copies**0.5, rel=0.1)
     assert bootstrap_interval([1.0, 0, 0, 0], ["a", "b", "b", "b"]) == (0, 1)
     assert bootstrap_interval([1.0, 0.5], ["a", "a"]) == (None, None)
 
@@ -172,21 +145,30 @@ def test_bootstrap_by_hand():
 # ---- repeated runs as images ----
 
 
-def images(h=192, w=208):
-    """Two images in [0, 1], float64, that any program can draw again from this formula."""
+def images(h, w):
+    """Two images in [0, 1], float64 (1, 1, H, W), that any program can draw from this formula."""
     y, x = np.mgrid[:h, :w]
     a = 0.5 + 0.5 * np.sin(x / 7) * np.cos(y / 11)
     b = np.clip(a + 0.1 * np.sin(x * y / 50), 0, 1)
-    return a, b
+    return [torch.from_numpy(image)[None, None] for image in (a, b)]
 
 
-def batch(*arrays):
-    return [torch.from_numpy(a)[None, None] for a in arrays]
+def test_reference_values():
+    """The numbers that scikit-image 0.26 (SSIM, PSNR) and pytorch-msssim 1.0 give for `images`.
+
+    The latter keeps its window in float32.
+    """
+    a, b = images(192, 208)
+    assert ssim(a, b).item() == pytest.approx(0.6026288303054216, abs=1e-12)
+    assert psnr(a, b).item() == pytest.approx(23.22687585618492, abs=1e-9)
+    assert ms_ssim(a, b).item() == pytest.approx(0.968353866, abs=1e-5)
 
 
 def test_image_identities():
-    """An image equals itself; the order does not matter; a batch is scored image by image."""
-    a, b = batch(*images())
+    """An image equals itself; the order does not matter; a batch is scored image by image. Under
+    22 pixels one scale is left, which is SSIM; no scale fits under 11.
+    """
+    a, b = images(40, 35)
     assert psnr(a, a).item() == float("inf")
     assert psnr(a, a + 0.1).item() == pytest.approx(20)
     both_a, both_b = torch.cat([a, b]), torch.cat([b, b])
@@ -194,50 +176,15 @@ def test_image_identities():
         assert score(a, a).item() == pytest.approx(1, abs=1e-12)
         torch.testing.assert_close(score(a, b), score(b, a))
         torch.testing.assert_close(score(both_a, both_b), torch.cat([score(a, b), score(b, b)]))
+    torch.testing.assert_close(ms_ssim(*images(21, 30)), ssim(*images(21, 30)))
+    with pytest.raises(UserError, match="11 x 11"):
+        ms_ssim(*images(10, 30))
 
 
-def test_reference_values():
-    """The numbers scikit-image 0.26 (SSIM, PSNR) and pytorch-msssim 1.0 give for `images`.
-
-    The latter keeps its window in float32.
+def test_lpips(monkeypatch, capsys):
+    """LPIPS sees three channels in [-1, 1], and an image's channels are averaged. Without the
+    package a line says that its rows are missing.
     """
-    a, b = batch(*images())
-    assert ssim(a, b).item() == pytest.approx(0.6026288303054216, abs=1e-12)
-    assert psnr(a, b).item() == pytest.approx(23.22687585618492, abs=1e-9)
-    assert ms_ssim(a, b).item() == pytest.approx(0.968353866, abs=1e-5)
-
-
-def test_ssim_equals_scikit_image():
-    """SSIM and PSNR are those of an independent implementation, also at odd sizes."""
-    reason = "scikit-image is not installed; the values it gave are in test_reference_values"
-    reference = pytest.importorskip("skimage.metrics", reason=reason)
-    options = dict(gaussian_weights=True, sigma=1.5, use_sample_covariance=False)
-    for size in ((192, 208), (33, 57), (11, 11)):
-        a, b = images(*size)
-        expected = reference.structural_similarity(a, b, data_range=1, **options)
-        assert ssim(*batch(a, b)).item() == pytest.approx(expected, abs=1e-12)
-        expected = reference.peak_signal_noise_ratio(a, b, data_range=1)
-        assert psnr(*batch(a, b)).item() == pytest.approx(expected, abs=1e-9)
-
-
-def test_ms_ssim_of_small_images():
-    """Under 22 pixels one scale is left, which is SSIM; no scale fits under 11."""
-    a, b = batch(*images(21, 30))
-    torch.testing.assert_close(ms_ssim(a, b), ssim(a, b))
-    assert 0 < ms_ssim(*batch(*images(40, 35))).item() < 1
-    with pytest.raises(ValueError, match="11 x 11"):
-        ms_ssim(*batch(*images(10, 30)))
-
-
-def test_lpips_absent(monkeypatch, capsys):
-    """Without the optional package a line says that its rows are missing."""
-    monkeypatch.setitem(sys.modules, "lpips", None)  # an import then fails
-    assert load_lpips("cpu") is None
-    assert capsys.readouterr().out.startswith("LPIPS is missing")
-
-
-def test_lpips_is_given_what_it_expects(monkeypatch):
-    """LPIPS sees three channels in [-1, 1], and an image's channels are averaged."""
 
     class Network(torch.nn.Module):
         def __init__(self, net, verbose):
@@ -251,6 +198,9 @@ def test_lpips_is_given_what_it_expects(monkeypatch):
     a, b = torch.zeros(2, 2, 16, 16), torch.zeros(2, 2, 16, 16)
     b[1, 0] = 1
     assert load_lpips("cpu")(a, b).tolist() == [0, 1]
+    monkeypatch.setitem(sys.modules, "lpips", None)  # an import then fails
+    assert load_lpips("cpu") is None
+    assert capsys.readouterr().out.startswith("LPIPS is missing")
 
 
 def test_latent_std():

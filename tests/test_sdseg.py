@@ -6,15 +6,7 @@ import pytest
 import torch
 from conftest import TINY, golden, golden_weights, tiny
 
-from sdseg import (
-    PRESETS,
-    SDSeg,
-    T,
-    class_colours,
-    ddim_timesteps,
-    from_pretrained,
-    widen_conv_in,
-)
+from sdseg import PRESETS, SDSeg, T, class_colours, ddim_timesteps, from_pretrained, widen_conv_in
 from support.cli import UserError
 from support.device import compile_networks
 from support.weights import write_weights
@@ -70,15 +62,14 @@ def test_equations_agree_with_the_reference(schedule):
     assert relative(out.z_0_estimate, g["z_0_estimate"]) < 1e-4
     assert out.noise_loss.mean().item() == pytest.approx(g["loss_noise"].item(), rel=1e-4)
     assert out.latent_loss.mean().item() == pytest.approx(g["loss_latent"].item(), rel=1e-4)
-    total = out.noise_loss.mean() + out.latent_loss.mean()
-    assert total.item() == pytest.approx(g["loss"].item(), rel=1e-4)
 
 
+@pytest.mark.parametrize("zero_terminal_snr", [False, True])
 @pytest.mark.parametrize("prediction", PREDICTIONS)
-def test_a_perfect_network_gives_z0_and_the_noise(prediction):
+def test_a_perfect_network_gives_z0_and_the_noise(prediction, zero_terminal_snr):
     """Eq. 2 undoes Eq. 1 whatever is predicted, and the noise comes back as well."""
-    model, z_0, noise = tiny(prediction=prediction), latents(5), latents(5)
-    t = torch.tensor([0, 9, 500, 900, 999])
+    model = tiny(prediction=prediction, zero_terminal_snr=zero_terminal_snr)
+    z_0, noise, t = latents(5), latents(5), torch.tensor([0, 9, 500, 900, T - 1])
     z_t, out = model.q_sample(z_0, t, noise), perfect_output(model, z_0, t, noise)
     torch.testing.assert_close(model.predict_z0(z_t, t, out), z_0, atol=1e-4, rtol=0)
     torch.testing.assert_close(model.predict_noise(z_t, t, out), noise, atol=1e-4, rtol=0)
@@ -98,26 +89,19 @@ def test_latent_loss_is_the_noise_loss_reweighted(prediction):
     torch.testing.assert_close(out.latent_loss.double(), weight * out.noise_loss, rtol=1e-3, atol=0)
 
 
-@pytest.mark.parametrize("prediction", ["x0", "v"])
+@pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_zero_terminal_snr_leaves_no_trace_of_the_mask(prediction):
-    """At t = T - 1, z_t is the noise itself, so L_noise is 0 there whatever the network says."""
+    """At t = T - 1, z_t is the noise itself, so L_noise is 0 there whatever the network says. "eps"
+    keeps its schedule, because Eq. 2 would divide by zero.
+    """
     model = tiny(prediction=prediction, zero_terminal_snr=True)
     z_0, noise, t = latents(), latents(), torch.tensor([T - 1, 500])
-    z_t = model.q_sample(z_0, t, noise)
-    assert torch.equal(z_t[0], noise[0])
-    out = perfect_output(model, z_0, t, noise)
-    torch.testing.assert_close(model.predict_z0(z_t, t, out), z_0, atol=1e-5, rtol=0)
     losses = model(torch.rand(2, 3, 32, 32), z_0, t, noise)
-    assert losses.noise_loss[0] == 0 < losses.noise_loss[1] and losses.latent_loss.min() > 0
-
-
-def test_noise_prediction_keeps_its_schedule():
-    """Eq. 2 would divide by zero, so "eps" has no zero terminal SNR even if the config says so."""
-    plain, eps, x0 = (
-        tiny(prediction=p, zero_terminal_snr=zero).alphas_cumprod
-        for p, zero in (("eps", False), ("eps", True), ("x0", True))
-    )
-    assert torch.equal(eps, plain) and x0[0] == plain[0] and x0[-1] == 0 < plain[-1]
+    pure = torch.equal(model.q_sample(z_0, t, noise)[0], noise[0])
+    assert pure == (prediction != "eps") and (losses.noise_loss[0] == 0) == pure
+    assert losses.noise_loss[1] > 0 and losses.latent_loss.min() > 0
+    plain = tiny(prediction=prediction).alphas_cumprod
+    assert torch.equal(model.alphas_cumprod, plain) == (prediction == "eps")
 
 
 def test_eq2_is_float32_under_autocast():
@@ -139,7 +123,7 @@ def test_sampling_agrees_with_the_reference(schedule):
     model, g = golden_model(schedule)
     single = model.ddim_sample(g["noise"], g["z_c"], [T - 1])
     assert relative(single, g["single_step"]) < 1e-4
-    for steps in (1, 2, 10, 50):
+    for steps in (1, 2, 10):
         z = g["noise"]
         times = sorted(g[f"ddim{steps}_timesteps"].tolist(), reverse=True)
         assert times == ddim_timesteps(steps, "leading")
@@ -152,23 +136,18 @@ def test_sampling_agrees_with_the_reference(schedule):
 
 @torch.no_grad()
 def test_single_step_is_ddim_with_one_step():
-    """One trailing DDIM step is Eq. 2 at t = T - 1, to the last bit."""
+    """One trailing DDIM step is Eq. 2 at t = T - 1, to the last bit; ten steps of a network that
+    knows z_0 arrive at z_0.
+    """
     model, z_t, z_c, t = tiny(prediction="eps"), latents(), latents(), torch.full((2,), T - 1)
     expected = model.predict_z0(z_t, t, model.predict(z_t, t, z_c))
-    assert ddim_timesteps(1) == [T - 1]
+    assert ddim_timesteps(1) == [T - 1] and len(ddim_timesteps(T)) == T
     assert torch.equal(model.ddim_sample(z_t, z_c, ddim_timesteps(1)), expected)
-    assert len(ddim_timesteps(T)) == T
     with pytest.raises(UserError, match="1 to 999"):
         ddim_timesteps(T, "leading")  # would begin at t = T
-
-
-@torch.no_grad()
-def test_ddim_of_a_perfect_network_is_exact():
-    """Ten steps of a network that knows z_0 arrive at z_0."""
-    model, z_0 = tiny(), latents()
+    model, z_0 = tiny(prediction="x0"), latents()
     model.predict = lambda z_t, t, z_c: z_0
-    z = model.ddim_sample(latents(), None, ddim_timesteps(10))
-    torch.testing.assert_close(z, z_0)
+    torch.testing.assert_close(model.ddim_sample(z_t, None, ddim_timesteps(10)), z_0)
 
 
 @pytest.mark.parametrize("k", [2, 3])
@@ -182,22 +161,6 @@ def test_segment_gives_probabilities(k):
     parts = model.sample(image, samples=3, generator=seed(3))
     mean = model.segment(image, samples=3, generator=seed(3))
     torch.testing.assert_close(mean, torch.stack(list(parts)).mean(0))
-
-
-def test_a_mask_does_not_depend_on_the_batch():
-    """The same image alone and in a batch gets the same probabilities, to float rounding."""
-    model, image = tiny(), torch.rand(3, 3, 32, 32) * 2 - 1
-    together = model.segment(image, generator=seed(0))
-    alone = model.segment(image[1:2], generator=seed(0))
-    torch.testing.assert_close(together[1:2], alone, atol=1e-4, rtol=0)
-
-
-def test_cross_attention_sees_the_image():
-    """fusion "cross": z_c enters as tokens, and changes the output."""
-    model = tiny(fusion="cross", unet=UNetConfig("sd", 4, 4, 32, (1, 2), 1, (2,), 8, 4))
-    z_t, t = latents(1), torch.tensor([T - 1])
-    a, b = (model.predict(z_t, t, latents(1)) for _ in range(2))
-    assert not torch.allclose(a, b)
 
 
 # ---- classes as colours ----
@@ -224,7 +187,6 @@ def test_mask_latents_are_scaled_posterior_means():
     model, mask = tiny(mask_scale=0.5), torch.randint(0, 2, (2, 32, 32))
     x = (mask[:, None].float() * 2 - 1).repeat(1, 3, 1, 1)
     assert torch.equal(model.encode_mask(mask), 0.5 * model.vae.encode(x)[0])
-    assert torch.equal(model.encode_mask(mask), model.encode_mask(mask))
 
 
 # ---- files ----
@@ -309,16 +271,19 @@ def test_training_can_change_the_fusion(tmp_path):
 
 
 @pytest.mark.parametrize("fusion", ["concat", "cross"])
-def test_bfloat16_gives_nearly_the_same_probabilities(fusion):
-    """Both fusions run in reduced precision, close to float32; three layers stay float32."""
+def test_both_fusions_see_the_image_in_any_precision(fusion):
+    """z_c changes the mask, as channels or as tokens; bfloat16 hardly does. Three layers stay
+    float32.
+    """
     cross = {"unet": replace(TINY.unet, in_channels=4, context_dim=4)} if fusion == "cross" else {}
     model, image = tiny(fusion=fusion, **cross), torch.rand(2, 3, 32, 32) * 2 - 1
-    exact = model.segment(image, generator=seed(0))
+    exact, other = (model.segment(x, generator=seed(0)) for x in (image, -image))
     model.for_inference("cpu", "bf16")
     kept = (model.tau.encoder.conv_in, model.tau.out, model.unet.out)
     assert {p.dtype for part in kept for p in part.parameters()} == {torch.float32}
     assert model.tau.encoder.mid.block_1.conv1.weight.dtype == torch.bfloat16
     assert (exact - model.segment(image, generator=seed(0))).abs().mean() < 0.01
+    assert (exact - other).abs().mean() > 1e-4
 
 
 def test_compiling_changes_no_value_and_no_name():

@@ -6,7 +6,7 @@ is 1 if anything is odd. A contact sheet shows some cases of each part. With `--
 prints the names of that part only.
 """
 
-import os
+from pathlib import Path
 
 import numpy as np
 
@@ -15,7 +15,6 @@ from support.cli import ArgumentParser, Progress, UserError, run_command
 from support.folders import PARTS, image_hashes
 from support.images import resize_image, resize_mask, write_image
 from support.panels import contact_sheet
-from support.volumes import in_mm, read_volume
 
 
 def parse_args(argv=None):
@@ -81,9 +80,8 @@ def duplicates(spec):
 
 def main(args):
     spec = find(args.data, args.root, args.split)
-    files = {os.path.realpath(p) for cases in spec.splits.values() for c in cases
-             for p in (c.image, c.mask) if p}  # fmt: skip
-    if os.path.realpath(args.out) in files:
+    cases = sum(spec.splits.values(), ())
+    if Path(args.out).resolve() in {p.resolve() for c in cases for p in (c.image, c.mask) if p}:
         raise UserError(f"{args.out}: is one of the data set's files; choose another --out")
     if args.list:
         print("\n".join(case.name for case in spec.splits[args.list]))
@@ -94,9 +92,6 @@ def main(args):
     problems = []
     rows = [describe(spec, part, problems) for part in PARTS]
     problems += duplicates(spec)
-    if spec.volumes and not problems:
-        case = spec.splits["test"][0]
-        print(f"spacing of {case.name}: {in_mm(read_volume(case.image)[1].spacing)}")
     if spec.not_read:
         print(spec.not_read)
     print("\n".join([*problems, f"odd: {len(problems) or 'nothing'}"]))

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from nibabel import io_orientation
 from nibabel.affines import voxel_sizes
 from PIL import Image, ImageDraw
 
@@ -27,15 +28,18 @@ from sdseg import SDSeg
 from support import metrics
 from support.cli import ArgumentParser, Progress, UserError, atomic_write, positive_int, run_command
 from support.device import device_name, find_device
-from support.folders import PARTS, file_hash, image_hashes, load_mask, natural_sort_key
+from support.folders import PARTS, file_hash, image_hashes, natural_sort_key
 from support.images import write_image
-from support.panels import fit_tile, plot_curve, to_uint8
+from support.panels import fit_tile, grid, overlay, plot_curve
+from support.volumes import open_volume
 from tools import stability
 
 TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95", "benchmark_dice": "PraNet's mDice"}
 REGIONS = ("lesions", "found", "missed", "false")
 CURVE = (1, 2, 3, 5, 10, 20, 50)  # DDIM steps of Figure 3
 TILE = 192  # pixels a side in the gallery
+# How to open a .csv file: the names of files may hold bytes that are not UTF-8
+CSV = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 
 
 def parse_args(argv=None):
@@ -81,15 +85,12 @@ def cases_to_score(args, config, spec):
     left. The training part is scored whole, to compare it with the others.
     """
     cases = spec.splits[args.part]
-    if not cases:
-        raise UserError(f"{spec.name}: its {args.part} part is empty")
-    entries = config.trained_on or (f"{config.data}/{config.split}",)
-    trained_on = set(entries)
-    for entry in entries:
+    trained_on = set(config.trained_on)
+    for entry in config.trained_on or (f"{config.data}/{config.split}",):
         if "/" in entry:  # a data set and its split instead of hashes
             trained_on |= old_training_hashes(*entry.rsplit("/", 1), args.root)
-    if config.data == spec.name and not config.trained_on and len(trained_on) == 1:
-        print("the model does not say which images of this data set it was trained on")
+    if config.data == spec.name and not trained_on:
+        print("the model file does not say which of these images it was trained on")
     hashes = zip(cases, image_hashes(cases))
     unseen = tuple(case for case, digest in hashes if digest not in trained_on)
     seen = len(cases) - len(unseen)
@@ -122,56 +123,57 @@ def old_training_hashes(data, split, root):
 
 
 def items_of(spec, cases):
-    """The images, or the slices of the volumes, of cases [(number, case), ...]: yield the case's
-    number, image (H, W, 3) uint8, truth (H, W) class ids, and whether the case ends with it.
+    """The images of the cases, or the slices of the volumes -> the case's number, the image
+    (H, W, 3) uint8 and its truth (H, W), class ids.
     """
-    for number, case in cases:
+    for number, case in enumerate(cases):
         image, truth = load_case(case, spec)
-        if not spec.volumes:
-            image, truth = image[None], truth[None]
-        for i in range(len(image)):
-            yield number, image[i], truth[i], i == len(image) - 1
+        for pair in zip(image, truth) if spec.volumes else [(image, truth)]:
+            yield number, *pair
+
+
+def slice_spacing(case):
+    """The millimetres between a volume's slices, rows and columns. Only the header is decoded."""
+    affine = open_volume(case.mask).affine
+    file_axes = np.argsort(io_orientation(affine)[:, 0])  # those of X, Y, Z
+    return voxel_sizes(affine)[file_axes[::-1]]
 
 
 # ---- scores ----
 
 
 def segmented(model, spec, cases, args, steps, seeds):
-    """Yield every item, see `items_of`, and its N probability tensors (C, H, W), one per seed."""
-    stream = items_of(spec, enumerate(cases))
+    """Of each item yield the case's number, the truth and N probability tensors (C, H, W)."""
+    stream = items_of(spec, cases)
     while batch := list(itertools.islice(stream, args.batch_size)):
-        images, settings = [image for _, image, _, _ in batch], (steps, args.samples)
-        runs = [segment_images(model, images, *settings, seed, args.spacing) for seed in seeds]
-        yield from zip(batch, zip(*runs))
+        numbers, images, truths = zip(*batch)
+        runs = [segment_images(model, images, steps, args.samples, seed, args.spacing)
+                for seed in seeds]  # fmt: skip
+        yield from zip(numbers, truths, zip(*runs))
 
 
 def score(model, spec, cases, args, steps, seeds, similarity=None):
     """Segment every case once per seed -> pixel counts (N, cases, K - 1, 3), and a list of what
     `case_details` says of each case in the first run.
     """
-    k, counts, details, slices = len(spec.classes), [], [], []
+    k, counts, details = len(spec.classes), [], []
     progress = Progress(len(cases), "cases")
-    for (number, _, truth, last), probs in segmented(model, spec, cases, args, steps, seeds):
-        ids = [model.class_ids(p).numpy() for p in probs]
-        if similarity:
-            similarity(number, ids, probs)
-        slices.append((truth, *ids))
-        if last:
-            truth, *masks = (np.stack(x) if spec.volumes else x[0] for x in zip(*slices))
-            counts.append([metrics.pixel_counts(mask, truth, k) for mask in masks])
-            spacing = slice_spacing(cases[number]) if spec.volumes else (1, 1)
-            details.append(case_details(masks[0], truth, k, spacing))
-            if k == 2 and not spec.volumes:
-                details[-1]["benchmark_dice"] = metrics.benchmark_dice(probs[0][0].numpy(), truth)
-            slices = []
-            progress.step()
+    results = segmented(model, spec, cases, args, steps, seeds)
+    for number, items in itertools.groupby(results, lambda result: result[0]):
+        maps = []  # of each item the truth and the N predictions
+        for _, truth, probs in items:
+            ids = [model.class_ids(p).numpy() for p in probs]
+            if similarity:
+                similarity.add(number, ids, probs)
+            maps.append((truth, *ids))
+        truth, *predictions = np.stack(maps, 1) if spec.volumes else maps[0]
+        counts.append([metrics.pixel_counts(ids, truth, k) for ids in predictions])
+        spacing = slice_spacing(cases[number]) if spec.volumes else (1, 1)
+        details.append(case_details(predictions[0], truth, k, spacing))
+        if k == 2 and not spec.volumes:
+            details[-1]["benchmark_dice"] = metrics.benchmark_dice(probs[0][0].numpy(), truth)
+        progress.step()
     return np.stack(counts, 1), details
-
-
-def slice_spacing(case):
-    """The millimetres between a volume's slices, between their rows and between their columns."""
-    _, geometry = load_mask(case)
-    return voxel_sizes(geometry.ras_affine)[::-1]
 
 
 def case_details(prediction, truth, k, spacing):
@@ -193,19 +195,21 @@ def case_columns(counts, details, classes):
     """Counts (cases, K - 1, 3) and details of the cases -> {column of cases.csv: (cases,)}.
 
     nan where a number is undefined, and for a class that no truth holds. A case's Dice, IoU and
-    HD95 are means over the other classes.
+    HD95 are means over the other classes; hd95_undefined counts the classes without HD95.
     """
-    details = {name: np.array([case[name] for case in details]) for name in details[0]}
+    held = counts[..., 2].any(0)
+    columns = {name: np.array([case[name] for case in details]) for name in details[0]}
     scores = {
         "dice": metrics.dice_from_counts(counts),
         "iou": metrics.iou_from_counts(counts),
-        "hd95": details.pop("hd95"),
+        "hd95": columns.pop("hd95"),
     }
-    scores = {name: stability.held_only(values, counts) for name, values in scores.items()}
-    columns = {name: stability.mean_over_classes(values) for name, values in scores.items()}
-    columns |= details
+    scores = {name: np.ma.masked_invalid(np.where(held, s, np.nan)) for name, s in scores.items()}
+    undefined = scores["hd95"].mask.sum(1)
+    means = {name: s.mean(1).filled(np.nan) for name, s in scores.items()}
+    columns = means | {"hd95_undefined": undefined} | columns
     for i, c in enumerate(classes[1:] if len(classes) > 2 else []):
-        columns |= {f"{name} {c}": values[:, i] for name, values in scores.items()}
+        columns |= {f"{name} {c}": s[:, i].filled(np.nan) for name, s in scores.items()}
     return columns
 
 
@@ -218,26 +222,24 @@ def summarise(values, groups):
     return stability.mean_std(values) | {"low": low, "high": high, "n": int(defined.sum())}
 
 
-# ---- comparison with another run ----
+# ---- results ----
 
 
-def read_against(path, cases):
-    """Another run's cases.csv -> {name: Dice}. Raises UserError if it shares no case with ours."""
+def read_against(path):
+    """Another run's cases.csv -> {name: Dice}. Raises UserError."""
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as file:
-            other = {row["case"]: float(row["dice"] or "nan") for row in csv.DictReader(file)}
-    except (KeyError, TypeError, ValueError, csv.Error):
+        with open(path, **CSV) as file:
+            return {row["case"]: float(row["dice"] or "nan") for row in csv.DictReader(file)}
+    except (KeyError, ValueError, csv.Error):
         raise UserError(f"{path}: not a cases.csv; it needs the columns case and dice") from None
-    if not other.keys() & {case.name for case in cases}:
-        raise UserError(f"{path}: holds none of the {len(cases)} cases that are scored here")
-    return other
 
 
 def compare(path, other, cases, dice, groups):
     """Print and return the summary of our Dice minus the other run's, case by case."""
-    ours = dice.round(6).tolist()  # as in the file
-    difference = [d - other.get(case.name, np.nan) for case, d in zip(cases, ours)]
-    s = summarise(np.array(difference), groups)
+    theirs = np.array([other.get(case.name, np.nan) for case in cases])
+    if np.isnan(theirs).all():
+        raise UserError(f"{path}: holds none of the {len(cases)} cases that are scored here")
+    s = summarise(dice.round(6) - theirs, groups)  # rounded as in the file
     s |= {"file": path, "only_here": len(cases) - s["n"], "only_there": len(other) - s["n"]}
     alone = f"{s['only_here']} are only here, {s['only_there']} only there"
     print(f"Dice minus that of {path}: mean {text(s['mean'])}, 95 % interval {span(s)},")
@@ -245,43 +247,30 @@ def compare(path, other, cases, dice, groups):
     return s
 
 
-# ---- results ----
-
-
 def gallery(model, spec, cases, dice, args):
-    """The four worst cases and four in the middle: image | truth | prediction. -> (H, W, 3) uint8.
+    """The four worst cases, then four in the middle, each a row: image | truth | prediction.
 
     dice (cases,). A volume shows the slice with the most foreground.
     """
-    canvas = Image.new("RGB", (6 * TILE + 32, 4 * (TILE + 20) + 20), "white")
-    draw = ImageDraw.Draw(canvas)
     order, middle = np.argsort(dice, kind="stable"), max(len(dice) // 2 - 2, 0)
-    settings = args.steps, args.samples, args.seed, args.spacing
-    for left, title, begin in ((0, "worst", 0), (3 * TILE + 28, "median", middle)):
-        draw.text((left + 4, 4), f"{title}: image | truth | prediction", fill="black")
-        for row, number in enumerate(order[begin : begin + 4]):
-            items = items_of(spec, [(number, cases[number])])
-            _, image, truth, _ = max(items, key=lambda item: np.count_nonzero(item[2]))
-            prob = segment_images(model, [image], *settings)[0]
-            masks = torch.from_numpy(np.stack([truth, model.class_ids(prob)])).long()
-            masks = to_uint8(model.labels_to_rgb(masks.to(model.device)))
-            y = 20 + row * (TILE + 20)
-            name = cases[number].name.encode("ascii", "replace").decode()[-60:]
-            draw.text((left + 4, y + 4), f"{name}  Dice {text(dice[number])}", fill="black")
-            canvas.paste(fit_tile(image, TILE, Image.Resampling.BICUBIC), (left, y + 20))
-            for i, mask in enumerate(masks, 1):
-                mask = fit_tile(mask, TILE, Image.Resampling.NEAREST)
-                canvas.paste(mask, (left + i * (TILE + 2), y + 20))
-    return np.asarray(canvas)
+    tiles = []
+    for number in [*order[:4], *order[middle : middle + 4]]:
+        items = items_of(spec, [cases[number]])
+        _, image, truth = max(items, key=lambda item: np.count_nonzero(item[2]))
+        prob = segment_images(model, [image], args.steps, args.samples, args.seed, args.spacing)[0]
+        ids = model.class_ids(prob).numpy()
+        row = [image, overlay(image, truth), overlay(image, ids)]
+        row = [fit_tile(x, TILE, Image.Resampling.BICUBIC) for x in row]
+        name = cases[number].name.encode("ascii", "replace").decode()[-30:]
+        ImageDraw.Draw(row[0]).text((4, 4), f"{name}  Dice {text(dice[number])}")
+        tiles += map(np.asarray, row)
+    return grid(tiles, 3)
 
 
 def write_csv(path, header, rows):
     """Numbers are rounded to 6 digits, nan is an empty cell."""
     rows = [["" if v != v else round(v, 6) if isinstance(v, float) else v for v in r] for r in rows]
-    with (
-        atomic_write(path) as temporary,
-        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
-    ):
+    with atomic_write(path) as temporary, open(temporary, "w", **CSV) as file:
         csv.writer(file).writerows([header, *rows])
 
 
@@ -328,16 +317,18 @@ def print_scores(spec, summary, columns):
     print(f"{spec.name}, {settings.format(**summary)}: {n} {unit} in {groups} groups")
     rows = []
     for name, s in scores.items():
-        kind, space, of_class = name.partition(" ")
-        rows.append((TITLES[kind] + space + of_class, s["mean"], s["std"], span(s), s["n"]))
+        kind = name.split()[0]
+        title = TITLES[kind] + name.removeprefix(kind)
+        rows.append((title, s["mean"], s["std"], span(s), s["n"]))
     table((", ".join(spec.classes[1:]), "mean", "std", "95 % interval", unit), *rows)
     few = " With fewer than 10 it is too narrow; with one there is none." if groups < 10 else ""
     print(f"Interval of the mean: bootstrap over groups (videos, patients or single {unit}).{few}")
     absent = [c for c in spec.classes[1:] if not scores.get(f"dice {c}", scores["dice"])["n"]]
     if absent:
         print(f"Left out, because no truth of this part holds it: {', '.join(absent)}.")
-    length = "millimetres" if spec.volumes else "pixels"
-    print(f"HD95 is in {length}, over the {unit} where neither mask is empty.")
+    length, undefined = "millimetres" if spec.volumes else "pixels", columns["hd95_undefined"]
+    where = f"where a class is empty, in {np.count_nonzero(undefined)} of {n} {unit}"
+    print(f"HD95 is in {length}; it is undefined {where}.")
     regions = "{lesions} in the truth, {found} found, {missed} missed; {false} false ones predicted"
     print(f"Connected regions: {regions.format(**summary['regions'])}.")
     empty = columns["marked"][columns["lesions"] == 0]
@@ -360,7 +351,7 @@ def main(args):
         raise UserError(f"{args.model}: segments {ours}; {spec.name} has {theirs}")
     cases = cases_to_score(args, config, spec)
     groups = np.array([case.group for case in cases])
-    other = read_against(args.against, cases) if args.against else None
+    other = read_against(args.against) if args.against else {}
     out = results_folder(args, spec.name)
     out.mkdir(parents=True, exist_ok=True)
     settings = ("data", "part", "split", "model", "steps", "samples", "spacing", "seed")
@@ -394,12 +385,13 @@ def main(args):
     write_csv(out / "cases.csv", ("case", "group", *columns), rows)
     write_image(out / "gallery.png", gallery(model, spec, cases, columns["dice"], args))
     print_scores(spec, summary, columns)
-    if other:
+    if args.against:
         summary["against"] = compare(args.against, other, cases, columns["dice"], groups)
 
     # 4. Stability and curve
     if similarity:
-        spread, levels = stability.dice_spread(totals), similarity.summary()
+        dice = np.array([case_columns(counts, details, classes)["dice"] for counts in totals])
+        spread, levels = stability.dice_spread(dice), similarity.summary()
         summary["stability"] = {"dice": spread, **levels}
         mean, deviation = text(spread["data_set"]), text(spread["instance"])
         print(f"{args.stability} seeds: mean Dice {mean}, deviation of one case's Dice {deviation}")

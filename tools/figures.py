@@ -21,7 +21,7 @@ from support.device import find_device
 from support.folders import Case, DatasetSpec, find_label_format
 from support.images import read_image, resize_image, resize_mask, write_image
 from support.metrics import dice
-from support.panels import overlay, to_uint8
+from support.panels import GREY, overlay, to_uint8
 from support.weights import DEFAULT_WEIGHTS
 
 LEVELS = (99, 299, 499, 749, T - 1)  # t of the upper half
@@ -59,36 +59,20 @@ def load_pair(args, size, classes):
 # ---- how it is drawn: strips of the whole width, one below another ----
 
 
-def blank(height):
-    return Image.new("RGB", (WIDTH, height), "white")
-
-
-def write(strip, x, text, size, colour="black"):
-    """Write on a strip. The character after an underscore is a subscript."""
-    draw = ImageDraw.Draw(strip)
-    first, *others = text.split("_")
-    words = [(first, size, 0)]
-    for part in others:
-        words += [(part[:1], round(0.75 * size), 0.4 * size), (part[1:], size, 0)]
-    for word, size, drop in words:
-        font = ImageFont.load_default(size)
-        draw.text((x, drop), word, fill=colour, font=font)
-        x += draw.textlength(word, font) + (drop > 0)
-    return strip
-
-
 def heading(text):
-    return write(blank(28), MARGIN, text, 16)
+    strip = Image.new("RGB", (WIDTH, 28), "white")
+    ImageDraw.Draw(strip).text((MARGIN, 0), text, "black", ImageFont.load_default(16))
+    return strip
 
 
 def row(labelled):
     """[(label, PIL image), ..] -> a strip of the images, each below its label."""
     step = (WIDTH - 2 * MARGIN + GAP) / len(labelled)
     side = round(step) - GAP
-    strip = blank(20 + side + GAP)
+    strip = Image.new("RGB", (WIDTH, 20 + side + GAP), "white")
     for i, (label, image) in enumerate(labelled):
         x = MARGIN + round(i * step)
-        write(strip, x, label, 13, (70, 70, 70))
+        ImageDraw.Draw(strip).text((x, 0), label, GREY, ImageFont.load_default(13))
         strip.paste(image.resize((side, side), Image.Resampling.BOX), (x, 20))
     return strip
 
@@ -101,26 +85,16 @@ def tiles(x):
 # ---- what is drawn ----
 
 
-def ddim_estimates(model, z_t, z_c, timesteps):
-    """DDIM as in `SDSeg.ddim_sample` -> the z_0 estimates of all N steps (N, 4, h, w)."""
-    estimates, levels = [], [model.alphas_cumprod[t].item() for t in timesteps[1:]] + [1.0]
-    for step, alpha_bar_next in zip(timesteps, levels):
-        t = torch.tensor([step], device=z_t.device)
-        out = model.predict(z_t, t, z_c)
-        estimates.append(model.predict_z0(z_t, t, out))
-        z_t = model.ddim_step(z_t, t, out, alpha_bar_next)
-    return torch.cat(estimates)
-
-
 @torch.no_grad()
 def draw_method(model, image, ids, seed):
     """image uint8 (S, S, 3), class ids uint8 (S, S) or None -> the figure, uint8 (H, 960, 3)."""
-    # 1. Inference; the first estimate is the single step's
+    # 1. Inference: after k steps DDIM's z_0 estimate is the sample of the first k steps
     x = torch.tensor(image, device=model.device).permute(2, 0, 1)[None] / 127.5 - 1
     z_c = model.encode_image(x)
     noise = torch.randn(z_c.shape, generator=torch.Generator().manual_seed(seed)).to(model.device)
     timesteps = ddim_timesteps(10)
-    estimates = ddim_estimates(model, noise, z_c, timesteps)
+    steps = [model.ddim_sample(noise, z_c, timesteps[:k]) for k in range(1, 11)]
+    estimates = torch.cat(steps)
     predicted = model.class_ids(model.probabilities(model.decode_mask(estimates[:1])))[0]
 
     # 2. Training: z_t, and what one network call makes of it
@@ -138,7 +112,6 @@ def draw_method(model, image, ids, seed):
 
     # 3. The drawing
     strips = [
-        blank(MARGIN),
         heading("Training: noise on the mask latent z_0, and what one network call makes of it"),
         row([("image C", Image.fromarray(image)),
              (mask_label, *tiles(model.labels_to_rgb(mask[None].long()))),
@@ -147,18 +120,15 @@ def draw_method(model, image, ids, seed):
              *(("z_0 estimate", image) for image in tiles(guesses / FULL))]),
         row([("mask of one step", Image.fromarray(overlay(image, predicted.cpu().numpy()))),
              ("D(z_0)", *tiles(model.decode_mask(z_0))), *decoded(guesses)]),
-        blank(2 * GAP),
         heading("Inference: z_0 estimates of DDIM from noise; the first is the single-step result"),
         row([(f"t = {t}", image) for t, image in zip(timesteps, tiles(estimates / FULL))]),
         row(decoded(estimates)),
-        blank(MARGIN - GAP),
     ]  # fmt: skip
-    return np.concatenate([np.asarray(strip) for strip in strips])
+    drawing = np.concatenate([np.asarray(strip) for strip in strips])
+    return np.pad(drawing, ((MARGIN, GAP), (0, 0), (0, 0)), constant_values=255)
 
 
 def main(args):
-    if Path(args.out).suffix.lower() != ".png":
-        raise UserError(f"{args.out}: the figure is a PNG; give it a name that ends in .png")
     if os.path.realpath(args.out) in [os.path.realpath(p) for p in (args.image, args.mask) if p]:
         raise UserError(f"{args.out}: is the image or its mask; choose another --out")
     model = SDSeg.load(args.model or DEFAULT_WEIGHTS, find_device(args.device))

@@ -5,17 +5,19 @@ PSNR, SSIM, MS-SSIM and LPIPS compare masks or probabilities of two runs as imag
 of runs, K classes, C the K - 1 foreground classes.
 """
 
-import time
+from itertools import product
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
 from support.cli import UserError, one_line
-from support.device import peak_memory, synchronize
-from support.metrics import dice_from_counts
+from support.device import peak_memory
+from tools.benchmark import medians
 
-WINDOW, SIGMA = 11, 1.5  # of SSIM's Gaussian, in pixels
+WINDOW = 11  # pixels a side of SSIM's Gaussian, whose sigma is 1.5 pixels
+GAUSSIAN = torch.exp(-((torch.arange(WINDOW, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
+GAUSSIAN = (GAUSSIAN / GAUSSIAN.sum()).tolist()
 C1, C2 = 0.01**2, 0.03**2  # keep SSIM's fractions finite where an image is dark or flat
 SCALE_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)  # of MS-SSIM, the finest scale first
 
@@ -30,19 +32,16 @@ def psnr(a, b):
 
 def blur(x):
     """(B, C, H, W) -> (B, C, H - 10, W - 10): means under the window, wherever it fits."""
-    offset = torch.arange(WINDOW, device=x.device, dtype=x.dtype) - WINDOW // 2
-    window = torch.exp(-offset.square() / (2 * SIGMA**2))
-    window = (window / window.sum()).view(1, 1, -1, 1).expand(x.shape[0] * x.shape[1], -1, -1, -1)
-    maps = x.flatten(0, 1)[None]  # images as channels: many times faster than as a batch
-    maps = F.conv2d(maps, window, groups=len(window))
-    maps = F.conv2d(maps, window.transpose(2, 3), groups=len(window))
-    return maps.view(*x.shape[:2], *maps.shape[2:])
+    for axis in (2, 3):
+        fits = x.shape[axis] - WINDOW + 1
+        x = sum(weight * x.narrow(axis, i, fits) for i, weight in enumerate(GAUSSIAN))
+    return x
 
 
 def ssim_parts(a, b):
     """-> SSIM and its contrast-structure factor, both (B, C), means over the blurred maps."""
     if min(a.shape[2:]) < WINDOW:
-        raise ValueError(f"SSIM needs images of at least {WINDOW} x {WINDOW} pixels")
+        raise UserError(f"an image of {tuple(a.shape[2:])} pixels; SSIM needs {WINDOW} x {WINDOW}")
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
@@ -52,10 +51,7 @@ def ssim_parts(a, b):
 
 
 def ssim(a, b):
-    """Structural similarity (Wang et al. 2004) -> (B,) in [-1, 1], 1 where a equals b.
-
-    The window stays inside the image. Raises ValueError below 11 x 11 pixels.
-    """
+    """Structural similarity (Wang et al. 2004) -> (B,) in [-1, 1], 1 where a equals b."""
     return ssim_parts(a, b)[0].mean(1)
 
 
@@ -67,14 +63,14 @@ def ms_ssim(a, b):
     factor has no real power and counts as 0.
     """
     scales = sum(min(a.shape[2:]) >> i >= WINDOW for i in range(len(SCALE_WEIGHTS)))
-    scales = max(scales, 1)
-    product = 1.0
-    for i, weight in enumerate(SCALE_WEIGHTS[:scales]):
-        full, factor = ssim_parts(a, b)
-        factor = full if i == scales - 1 else factor
-        product = product * factor.clamp(min=0) ** (weight / sum(SCALE_WEIGHTS[:scales]))
+    weights = SCALE_WEIGHTS[: max(scales, 1)]
+    result = 1.0
+    for i, weight in enumerate(weights, 1):
+        full, contrast_structure = ssim_parts(a, b)
+        factor = full if i == len(weights) else contrast_structure
+        result = result * factor.clamp(min=0) ** (weight / sum(weights))
         a, b = F.avg_pool2d(a, 2), F.avg_pool2d(b, 2)
-    return product.mean(1)
+    return result.mean(1)
 
 
 def load_lpips(device):
@@ -102,88 +98,65 @@ def load_lpips(device):
 
 
 def mean_std(values):
-    """-> {"mean", "std"} of the numbers in a flat array that are not nan; std of a sample (n - 1).
+    """-> {"mean", "std"} of the numbers in an array that are finite; std of a sample (n - 1).
 
     None where there are too few numbers.
     """
-    values = np.asarray(values, np.float64)
-    values = values[~np.isnan(values)]
+    values = np.ma.masked_invalid(values).compressed()
     mean = float(values.mean()) if len(values) else None
     return {"mean": mean, "std": float(values.std(ddof=1)) if len(values) > 1 else None}
-
-
-def mean_over_classes(values):
-    """(.., K - 1) -> (..): the mean of those that are not nan; nan if there are none."""
-    return np.ma.masked_invalid(values).mean(-1).filled(np.nan)
-
-
-def held_only(scores, counts):
-    """Scores (.., cases, K - 1) of pixel counts (.., cases, K - 1, 3), where a class that no truth
-    holds becomes nan: two empty masks would score 1 each time.
-    """
-    held = counts[..., 2].any(-2, keepdims=True)
-    return np.where(held, scores, np.nan)
 
 
 class Similarity:
     """Compares repeated runs, each pair of them, as masks and as probabilities.
 
-    It is called with the N results of one image, or of one slice of a volume after the other. The C
-    foreground classes are the channels; in a mask they are 0 or 1.
+    The C foreground classes are the channels; in a mask they are 0 or 1.
     """
 
-    kinds = ("masks", "probabilities")
-
     def __init__(self, n_cases, device):
-        lpips = load_lpips(device)
-        self.metrics = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim}
-        self.metrics |= {"lpips": lpips} if lpips else {}
-        self.values = [[] for _ in range(n_cases)]  # (images, kinds, metrics, P) of each case
+        metrics = {"psnr": psnr, "ssim": ssim, "ms_ssim": ms_ssim, "lpips": load_lpips(device)}
+        self.metrics = {name: metric for name, metric in metrics.items() if metric}
+        self.values = [[] for _ in range(n_cases)]  # of each image (2 x metrics, P)
         self.device = device
 
-    def __call__(self, case, ids, probs):
-        """case: its number; ids: N arrays (H, W); probs: N tensors (1, H, W), or (K, H, W) with the
+    def add(self, case, ids, probs):
+        """The N results of one image, or of one slice of a volume.
+
+        case: its number; ids: N arrays (H, W); probs: N tensors (1, H, W), or (K, H, W) with the
         background.
         """
-        if min(ids[0].shape) < WINDOW:
-            raise UserError(f"an image of {ids[0].shape} pixels; SSIM needs {WINDOW} x {WINDOW}")
         n_foreground = max(len(probs[0]) - 1, 1)
         masks = np.array([[i == c for c in range(1, n_foreground + 1)] for i in ids])
         probs = torch.stack([p[-n_foreground:] for p in probs])
-        pair = [self.compare(torch.from_numpy(masks)), self.compare(probs)]
-        self.values[case].append(pair)
-
-    def compare(self, runs):
-        """runs (N, C, H, W) in [0, 1] -> metrics x P numbers: each run against all after it."""
-        runs = runs.to(self.device, torch.float32)
-        pairs = [(runs[i].expand_as(runs[i + 1 :]), runs[i + 1 :]) for i in range(len(runs) - 1)]
-        return [torch.cat([f(a, b) for a, b in pairs]).tolist() for f in self.metrics.values()]
+        rows = []
+        for runs in (torch.from_numpy(masks), probs):  # (N, C, H, W) in [0, 1]
+            runs = runs.to(self.device, torch.float32)
+            pairs = [(run.expand_as(runs[i:]), runs[i:]) for i, run in enumerate(runs[:-1], 1)]
+            rows += [torch.cat([f(a, b) for a, b in pairs]).tolist() for f in self.metrics.values()]
+        self.values[case].append(rows)
 
     def summary(self):
         """-> {"psnr of masks": {..}, ..}, in each: "data_set", mean and std over pairs of runs;
         "instance", mean and std over cases; "pairs", the number of pairs of images; "left_out",
         those of identical images, because their PSNR is infinite.
         """
-        images = np.concatenate([np.array(v) for v in self.values])
-        cases = np.ma.stack([np.ma.masked_invalid(v).mean(0) for v in self.values])
+        values = np.concatenate(self.values)
+        cases = np.ma.stack([np.ma.masked_invalid(images).mean(0) for images in self.values])
         result = {}
-        for i, kind in enumerate(self.kinds):
-            for j, name in enumerate(self.metrics):
-                levels = {"data_set": cases[:, i, j].mean(0), "instance": cases[:, i, j].mean(1)}
-                levels = {level: mean_std(v.compressed()) for level, v in levels.items()}
-                pairs = images[:, i, j]
-                levels |= {"pairs": pairs.size, "left_out": int(np.isinf(pairs).sum())}
-                result[f"{name} of {kind}"] = levels
+        for i, (kind, name) in enumerate(product(("masks", "probabilities"), self.metrics)):
+            result[f"{name} of {kind}"] = {
+                "data_set": mean_std(cases[:, i].mean(0)),
+                "instance": mean_std(cases[:, i].mean(1)),
+                "pairs": values[:, i].size,
+                "left_out": int(np.isinf(values[:, i]).sum()),
+            }
         return result
 
 
-def dice_spread(totals):
-    """Pixel counts (N, cases, K - 1, 3) -> how Dice, mean over the classes, varies with the noise.
-
-    "data_set": mean Dice and its std over the N runs. "instance": a case's std over the runs,
-    its mean and std over the cases.
+def dice_spread(dice):
+    """How Dice (N, cases) varies with the noise. "data_set": the mean over the cases and its std
+    over the N runs. "instance": a case's std over the runs, its mean and std over the cases.
     """
-    dice = mean_over_classes(held_only(dice_from_counts(totals), totals))  # (N, cases)
     return {"data_set": mean_std(dice.mean(1)), "instance": mean_std(dice.std(0, ddof=1))}
 
 
@@ -191,22 +164,15 @@ def dice_spread(totals):
 
 
 def efficiency(model, device, batch_size, steps, samples, seconds=3.0):
-    """Speed of the networks alone, from images on the device to probabilities there -> a dict."""
-    size = model.config.image_size
-    image = torch.zeros(batch_size, 3, size, size, device=device)
+    """Speed of the networks alone, from images on the device to probabilities there."""
+    image = torch.zeros(batch_size, 3, *[model.config.image_size] * 2, device=device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    model.segment(image, steps, samples)  # the first call is slower
-    synchronize(device)
-    start, done = time.perf_counter(), 0
-    while done == 0 or time.perf_counter() - start < seconds:
-        model.segment(image, steps, samples)
-        synchronize(device)
-        done += batch_size
+    times = medians({"segment": lambda: model.segment(image, steps, samples)}, seconds, device)
     return {
         "steps": steps,
         "samples": samples,
         "batch_size": batch_size,
-        "images_per_second": done / (time.perf_counter() - start),
+        "images_per_second": batch_size / times["segment"],
         "peak_memory_mib": peak_memory(device),
     }

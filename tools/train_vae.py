@@ -2,8 +2,7 @@
 
 The paper takes Stable Diffusion's autoencoder; this command shows how one is made. It learns to
 reconstruct images and masks, which have their own colours or random ones, by L1 and a light KL
-penalty. It writes a `.safetensors` of the autoencoder alone, which `train.py --init` accepts, and
-beside it a `.png` of the last batch, with the reconstructions below.
+penalty. It writes a `.safetensors` of the autoencoder alone, which `train.py --init` accepts.
 """
 
 import time
@@ -18,9 +17,7 @@ from sdseg import PRESETS, SDSeg, class_colours, from_pretrained, validate_confi
 from support.cli import ArgumentParser, UserError, bounded, positive_int, run_command, seed_int
 from support.device import find_device, has_fast_bf16
 from support.folders import MAX_CLASSES
-from support.images import write_image
 from support.metrics import latent_std, vae_dice
-from support.panels import to_uint8
 from support.weights import write_weights
 from train import remember_images
 
@@ -125,9 +122,6 @@ def main(args):
             print(f"step {done}  l1 {l1.item():.4f}  kl {kl.item():.2f}  rebuilt masks: Dice "
                   f"{dice:.4f}  latents: std {std:.2f}  {left:.0f} s left", flush=True)  # fmt: skip
     write_weights(args.out, {f"vae.{k}": v for k, v in vae.state_dict().items()}, model.config)
-    with torch.no_grad():
-        pairs = torch.cat([x, vae.decode(vae.encode(x)[0]).float()], dim=2)  # (B, 3, 2 S, S)
-    write_image(Path(args.out).with_suffix(".png"), to_uint8(pairs.permute(1, 2, 0, 3).flatten(2)))
     print(f"done: {args.out}, {time.monotonic() - began:.0f} s")
 
 
