@@ -91,8 +91,9 @@ def main(args):
     spec = find(args.data, args.root, args.split)
     model = make_model(args, spec, init)
     print0(f"starts from {init}{', its autoencoder only' if args.fresh else ''}: {why}")
-    train_set = SegmentationData(spec, "train", model.config.image_size, args.augment, args.seed)
-    val_set = SegmentationData(spec, "val", model.config.image_size)
+    size, augment = model.config.image_size, None if args.augment == "none" else args.augment
+    train_set = SegmentationData(spec, "train", size, augment, args.seed)
+    val_set = SegmentationData(spec, "val", size)
     for data, part in ((train_set, "training"), (val_set, "validation")):
         if not data.has_foreground():
             raise UserError(f"{spec.name}: no {part} mask holds any foreground")
