@@ -272,7 +272,13 @@ def make_model(args, spec, init):
     asked = {name: value for name, value in asked.items() if value}
     vae_only = args.fresh and init == args.init
     model = from_pretrained(init, vae_only, classes=spec.classes, window=spec.window, **asked)
-    model.config = remember_images(model.config, spec, args.split)
+    config, val = model.config, image_hashes(spec.splits["val"])
+    seen = len(set(config.trained_on) & set(val))
+    same_data = set(config.data.split("+")) & set(spec.name.split("+"))
+    if not args.resume and (seen or same_data and not config.trained_on):
+        print0(f"{init} was trained on {seen or 'an unknown number'} of the {len(val)} validation "
+               "cases, so validation Dice is too high")  # fmt: skip
+    model.config = remember_images(config, spec, args.split)
     model.tau.requires_grad_(not args.freeze_encoder)
     return model
 
