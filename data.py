@@ -157,12 +157,12 @@ def number_of(case):
     return int((re.findall(r"\d+", case.name) or [0])[-1])
 
 
-def split_by_list(cases, test, n, of):
+def split_by_list(cases, test, n_val, n_total):
     """`test` as published. The others are ordered by a hash of their names, so a case that comes
-    or goes moves no other; of each `of` of them, n are for validation.
+    or goes moves no other; n_val of every n_total of them are for validation.
     """
     rest = sorted(set(cases) - set(test), key=lambda case: folders.text_hash(case.name))
-    n = max(1, len(rest) * n // of)
+    n = max(1, len(rest) * n_val // n_total)
     if not test or len(rest) <= n:
         raise UserError(f"{cases[0].image.parent}: {len(test)} cases of the published test part "
                         f"and {len(rest)} others; needs 1 and 2 or more, with their published "
@@ -204,13 +204,20 @@ def load_case(case, spec, remarks=None):
     return crop_to_disc(image, mask.values, ids) if spec.label_format == "cup" else (image, ids)
 
 
+def print_remarks(remarks):
+    """The first remark on a data set's files, and how many more there are."""
+    if remarks:
+        more = f", and {len(remarks) - 1} more" if len(remarks) > 1 else ""
+        print0(f"{remarks[0]}{more}")
+
+
 def crop_to_disc(image, values, ids):
     """REFUGE: a full fundus is cut to a square of twice the optic disc; a disc crop stays.
 
     The paper segments the cup in disc crops. The disc is found in the mask, so this crop knows the
     truth, as in the published protocol.
     """
-    rows, columns = np.nonzero(values < 192)
+    rows, columns = np.nonzero(values < 192)  # 0 is the cup, 128 the rest of the disc
     if not len(rows):
         return image, ids
     side = 2 * max(np.ptp(rows), np.ptp(columns)) + 2
@@ -238,9 +245,7 @@ class SegmentationData(torch.utils.data.Dataset):
         named = {case.name: case for case in spec.splits[part]}
         # The Case that each item belongs to; a slice is called "volume:number"
         self.cases = [named[n.rpartition(":")[0] if spec.volumes else n] for n in self.names]
-        if remarks:
-            more = f", and {len(remarks) - 1} more" if len(remarks) > 1 else ""
-            print0(f"{remarks[0]}{more}")
+        print_remarks(remarks)
 
     def __len__(self):
         return len(self.names)
@@ -253,7 +258,7 @@ class SegmentationData(torch.utils.data.Dataset):
         return any(mask.any() for mask in self.masks)
 
     def draw(self, epoch, index):
-        """The 16 numbers in [0, 1) that decide an item's augmentation."""
+        """16 numbers in [0, 1): 0, 1 for the symmetry, 2 to 6 the affine map, 7 to 12 colours."""
         return np.random.default_rng([self.seed, epoch, index]).random(16)
 
     def symmetry_ids(self, samples):

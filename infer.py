@@ -148,7 +148,7 @@ def segment_files(model, jobs, args, pool):
     # 3. Report
     for _, _, writing in writings:
         writing.result()
-    seconds = (time.monotonic() - start) / len(jobs)
+    seconds = (time.monotonic() - start) / max(len(files), 1)
     for source, ids, _ in writings:
         report(source, ids, classes, seconds)
     return len(files)

@@ -45,15 +45,27 @@ class SDSegConfig:
     version: Literal[1] = 1  # of this format
 
 
-LDM = UNetConfig("ldm", 8, 4, 192, (1, 2, 2, 4, 4), 2, (1, 2, 4, 8), 8, None)
-NANO = UNetConfig("sd", 8, 4, 64, (1, 2, 3), 1, (2, 4), 8, None)
+LDM = UNetConfig(
+    family="ldm",
+    model_channels=192,
+    channel_mult=(1, 2, 2, 4, 4),
+    attention_resolutions=(1, 2, 4, 8),
+    context_dim=None,
+)
+NANO = UNetConfig(
+    model_channels=64,
+    channel_mult=(1, 2, 3),
+    num_res_blocks=1,
+    attention_resolutions=(2, 4),
+    context_dim=None,
+)
 PRESETS = {
     "sd-v1": SDSegConfig(),
     "ldm-kl-8": SDSegConfig("ldm-kl-8", unet=LDM, beta_start=0.0015, beta_end=0.0155),
     "nano": SDSegConfig(
         "nano",
-        VAEConfig(32, (1, 1, 2), 1),  # h = H/4 instead of H/8: learns faster
-        NANO,
+        vae=VAEConfig(ch=32, ch_mult=(1, 1, 2), num_res_blocks=1),  # h = H/4: learns faster
+        unet=NANO,
         zero_terminal_snr=True,
         prediction="x0",
         image_scale=1.0,
@@ -77,7 +89,7 @@ def class_colours(k):
     return torch.tensor(points[:k], dtype=torch.float32, device="cpu")
 
 
-def alphas_cumprod(config):
+def noise_schedule(config):
     """alpha_bar of Eq. 1 for every t, (T,) float32. The schedule is linear in sqrt(beta).
 
     At t = T - 1, training inputs still leak the mask; inference inputs are pure noise.
@@ -109,8 +121,9 @@ class SDSeg(nn.Module):
         if config.fusion == "concat":  # without a context these layers contribute nothing
             for name, p in self.unet.named_parameters():
                 p.requires_grad_(".attn2." not in name and ".norm2." not in name)
-        self.register_buffer("alphas_cumprod", alphas_cumprod(config), persistent=False)
+        self.register_buffer("alphas_cumprod", noise_schedule(config), persistent=False)
         colours = class_colours(len(config.classes))
+        # squared distance of the two closest colours
         self.squared_separation = F.pdist(colours).min().item() ** 2
         self.register_buffer("colours", colours, persistent=False)
 
@@ -227,8 +240,8 @@ class SDSeg(nn.Module):
     def logits(self, rgb):
         """rgb (B, 3, H, W) -> (B, K, H, W): negative squared distances to the K colours.
 
-        The scale makes it 4 between the closest two colours. For two classes the difference of
-        the logits is then 4 times the mean of the channels.
+        They are scaled so that the squared distance of the two closest colours is 4. For two
+        classes the difference of the logits is then 4 times the mean of the channels.
         """
         offset = rgb[:, None] - self.colours[None, :, :, None, None]
         return offset.square().sum(2) * (-4 / self.squared_separation)

@@ -5,7 +5,7 @@ tau and the U-Net train; the autoencoder stays frozen. A run's folder holds `mod
 `config.json`. Everything random is a function of (seed, step). So a resumed run repeats an
 uninterrupted one, and two processes with half a batch each take the step of one.
 Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`.
-`main` tells the story in six phases: the losses stand above it, everything else below.
+`main` tells the story in six phases: what a step draws and loses stands above it, the rest below.
 """
 
 import copy
@@ -90,13 +90,14 @@ def main(args):
     init, why = resolve_defaults(args, world_size)
     spec = find(args.data, args.root, args.split)
     model = make_model(args, spec, init)
-    print0(f"starts from {init}{', its autoencoder only' if args.fresh else ''}: {why}")
+    print0(f"{'goes on with' if args.resume else 'starts from'} {init}: {why}")
     size, augment = model.config.image_size, None if args.augment == "none" else args.augment
     train_set = SegmentationData(spec, "train", size, augment, args.seed)
     val_set = SegmentationData(spec, "val", size)
-    for data, part in ((train_set, "training"), (val_set, "validation")):
+    for data, part in ((train_set, "train"), (val_set, "val")):
         if not data.has_foreground():
-            raise UserError(f"{spec.name}: no {part} mask holds any foreground")
+            raise UserError(f"{spec.name}: no mask of the {part} part holds any foreground; "
+                            "split.json can choose the parts")  # fmt: skip
     # channels_last only when compiled: otherwise each group norm on a GPU copies its input
     model.to(device=device, memory_format=torch.channels_last if args.compile else None)
     model.config = replace(model.config, mask_scale=1 / latent_std(model, train_set))
@@ -113,7 +114,7 @@ def main(args):
 
     # 4. The run's folder, and the state of a resumed run
     folder, state = Path(args.out), dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-    start, best = resume(folder, train_set, state) if args.resume else (0, -1.0)
+    start, best = resume(folder, train_set, state, args.steps) if args.resume else (0, -1.0)
     if rank == 0:
         log = run_state.Log(folder / "log.csv", LOG_COLUMNS, start)
         run_state.write_settings(folder, vars(args), asdict(model.config))
@@ -164,16 +165,17 @@ def main(args):
             with autocast():
                 score = validate(ema, val_set)
             write_image(folder / f"samples/{done:06d}.png", sample_strip(ema, val_set))
+            log.write(step=done, val_dice=score)
+            print0(f"step {done}  validation Dice {score:.4f}{'  best' if score > best else ''}")
             if score > best:
                 best = score
                 ema.save(folder / "model.safetensors")
-            log.write(step=done, val_dice=score)
-            print0(f"step {done}  validation Dice {score:.4f}{'  best' if score == best else ''}")
         if rank == 0 and (due or stopping):
             values = dict(step=done, best=best, data=train_set.fingerprint)
             run_state.save_state(folder / "resume.pt", values, **state)
         if stopping:
-            return 128 + stop[0]
+            print0(f"saved at step {done}; to go on: python train.py --resume {folder}")
+            return 128 + stop[0]  # the exit status that a shell gives for a signal
     print0(f"done: {folder / 'model.safetensors'}, validation Dice {best:.4f}")
 
 
@@ -243,7 +245,7 @@ def resolve_defaults(args, world_size):
     if args.resume:
         best = Path(args.out) / "model.safetensors"  # not there before the first validation
         return best if best.exists() else args.init, "as --resume says"
-    why = "as --init says"
+    why = "only its autoencoder, as --fresh says" if args.fresh else "as --init says"
     if args.init is None:
         big = Path("weights/sd-v1.safetensors")
         args.init = str(big if big.exists() else DEFAULT_WEIGHTS)
@@ -277,7 +279,8 @@ def make_model(args, spec, init):
     same_data = set(config.data.split("+")) & set(spec.name.split("+"))
     if not args.resume and (seen or same_data and not config.trained_on):
         print0(f"{init} was trained on {seen or 'an unknown number'} of the {len(val)} validation "
-               "cases, so validation Dice is too high")  # fmt: skip
+               "cases, so validation Dice is too high; evaluation leaves out the test cases that "
+               "it was trained on")  # fmt: skip
     model.config = remember_images(config, spec, args.split)
     model.tau.requires_grad_(not args.freeze_encoder)
     return model
@@ -305,12 +308,17 @@ def describe(args, model, train_set, val_set, dtype, world_size):
            f"{world_size}; {args.steps} steps of {args.batch_size}")  # fmt: skip
 
 
-def resume(folder, train_set, state):
+def resume(folder, train_set, state, steps):
     """Put a run's state back -> step, best validation Dice. Raises UserError if it does not fit."""
     values = run_state.load_state(folder / "resume.pt", **state)
     if values["data"] != train_set.fingerprint:
         raise UserError(f"{folder}: the data set, or how it is read, has changed since this run")
-    print0(f"resumed at step {values['step']}, best validation Dice {values['best']:.4f}")
+    if values["step"] >= steps:
+        raise UserError(f"{folder}: is at step {values['step']} already; give more --steps")
+    validated = (
+        f"best validation Dice {values['best']:.4f}" if values["best"] >= 0 else "not validated"
+    )
+    print0(f"resumed at step {values['step']}, {validated}")
     return values["step"], values["best"]
 
 
@@ -354,7 +362,7 @@ def parse_args(argv=None):
     add("--batch-size", type=positive_int, help=f"images, all GPUs {default['batch_size']}")
     add("--lr", type=amount, help=f"peak learning rate of AdamW {default['lr']}")
     add("--warmup", type=bounded(int, 0), help=f"steps of warm-up {default['warmup']}")
-    add("--eval-every", type=positive_int, help=f"steps to validate {default['eval_every']}")
+    add("--eval-every", type=positive_int, help=f"steps between two {default['eval_every']}")
     add("--log-every", type=positive_int, default=25, help="steps between lines of the log")
 
     add = parser.add_argument_group("method").add_argument

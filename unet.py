@@ -72,14 +72,14 @@ class ResBlock(nn.Module):
         return F.avg_pool2d(x, 2) if self.resample == "down" else x
 
     def forward(self, x, emb):                                     # (B, c_in, h, w), (B, 1280)
-        h = self.in_layers[2](self.resize(self.in_layers[:2](x)))  # (B, c_out, h, w)
-        emb = self.emb_layers(emb)[:, :, None, None]               # (B, c_out, 1, 1)
+        h = self.in_layers[2](self.resize(self.in_layers[:2](x)))  # (B, c_out, h', w')
+        emb = self.emb_layers(emb)[:, :, None, None]               # (B, c_out or 2 c_out, 1, 1)
         if self.scale_shift:
             scale, shift = emb.chunk(2, dim=1)
             h = self.out_layers[1:](self.out_layers[0](h) * (1 + scale) + shift)
         else:
             h = self.out_layers(h + emb)
-        return self.skip_connection(self.resize(x)) + h            # (B, c_out, h, w)
+        return self.skip_connection(self.resize(x)) + h            # (B, c_out, h', w')
 
 
 class AttentionBlock(nn.Module):
@@ -94,7 +94,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x):                                          # (B, C, h, w)
         qkv = self.qkv(self.norm(x).flatten(2))                    # (B, 3C, hw)
-        q, k, v = qkv.unflatten(1, (self.heads, 3, -1)).transpose(3, 4).unbind(2)
+        qkv = qkv.unflatten(1, (self.heads, 3, -1))                # (B, heads, 3, C / heads, hw)
+        q, k, v = qkv.transpose(3, 4).unbind(2)                    # (B, heads, hw, C / heads) each
         h = F.scaled_dot_product_attention(q, k, v)                # (B, heads, hw, C / heads)
         return x + self.proj_out(h.transpose(2, 3).flatten(1, 2)).view_as(x)
 
@@ -218,7 +219,7 @@ class UNet(nn.Module):
             for i in range(config.num_res_blocks + 1):
                 block = self.level_block(c + skips.pop(), width, level)
                 c = width
-                if level and i == config.num_res_blocks:
+                if level and i == config.num_res_blocks:  # the last block of all but the finest
                     block.append(self.resample(c, "up"))
                 self.output_blocks.append(block)
         self.out = nn.Sequential(
@@ -256,12 +257,14 @@ class UNet(nn.Module):
         emb = self.time_embed(emb.to(dtype))                       # (B, 1280)
         context = None if context is None else context.to(dtype)   # (B, n, 768)
         h, skips = x.to(dtype), []                                 # (B, 8, 32, 32)
-        for block in self.input_blocks:                            # (B, 320, 32, 32)
-            h = block(h, emb, context)                             # (B, 640, 16, 16)
-            skips.append(h)                                        # (B, 1280, 8, 8)
+        # After each level: (B, 320, 16, 16), (B, 640, 8, 8), (B, 1280, 4, 4), (B, 1280, 4, 4)
+        for block in self.input_blocks:
+            h = block(h, emb, context)
+            skips.append(h)
         h = self.middle_block(h, emb, context)                     # (B, 1280, 4, 4)
-        for block in self.output_blocks:                           # (B, 1280, 8, 8)
-            h = torch.cat([h, skips.pop()], dim=1)                 # (B, 640 to 2560, ..)
-            h = block(h, emb, context)                             # (B, 320, 32, 32)
+        # After each level: (B, 1280, 8, 8), (B, 1280, 16, 16), (B, 640, 32, 32), (B, 320, 32, 32)
+        for block in self.output_blocks:
+            h = torch.cat([h, skips.pop()], dim=1)                 # (B, 640 to 2560, h, w)
+            h = block(h, emb, context)
         with torch.autocast(h.device.type, enabled=False):
             return self.out(h.float())                             # (B, 4, 32, 32)

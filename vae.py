@@ -5,7 +5,7 @@ but the last halves the side, so h = H/8 (preset nano: H/4).
 `AutoencoderKL` takes segmentation maps into the latent space and back; it stays frozen.
 `VisionEncoder`, tau in the paper, has the same encoder, is trained, and encodes the image.
 Modules have the parameter names of CompVis checkpoints, so that public weights load directly.
-Letters, the same in every file: B batch, C channels, H W pixels, h w latent pixels.
+Letters: B batch, C channels, H W pixels, h w latent pixels. Shapes: sd-v1, 256 px images.
 """
 # The columns of shapes are aligned by hand.
 # fmt: off
@@ -100,7 +100,7 @@ class DownLevel(nn.Module):
     def forward(self, x):                                          # (B, c_in, H, W)
         for block in self.block:
             x = block(x)                                           # (B, c_out, H, W)
-        return self.downsample(x)                                  # (B, c_out, H/2, W/2)
+        return self.downsample(x)                                  # (B, c_out, H/2, W/2), last H, W
 
 
 class UpLevel(nn.Module):
@@ -112,7 +112,7 @@ class UpLevel(nn.Module):
     def forward(self, x):                                          # (B, c_in, H, W)
         for block in self.block:
             x = block(x)                                           # (B, c_out, H, W)
-        return self.upsample(x)                                    # (B, c_out, 2H, 2W)
+        return self.upsample(x)                                    # (B, c_out, 2H, 2W), last H, W
 
 
 class Encoder(nn.Module):
@@ -132,13 +132,12 @@ class Encoder(nn.Module):
 
     def forward(self, x):                                          # (B, 3, 256, 256)
         h = self.conv_in(x.to(self.conv_in.weight.dtype))          # (B, 128, 256, 256)
-        if self.conv_in.weight.dtype != self.conv_out.weight.dtype:  # tau in half precision
+        if self.conv_in.weight.dtype != self.conv_out.weight.dtype:  # tau keeps conv_in in float32
             h = h.to(self.conv_out.weight.dtype)
-        for level in self.down:                                    # (B, 128, 128, 128)
-            h = level(h)                                           # (B, 256, 64, 64)
-                                                                   # (B, 512, 32, 32)
-                                                                   # (B, 512, 32, 32)
-        h = self.mid(h)
+        # After each level: (B, 128, 128, 128), (B, 256, 64, 64), (B, 512, 32, 32), (B, 512, 32, 32)
+        for level in self.down:
+            h = level(h)
+        h = self.mid(h)                                            # (B, 512, 32, 32)
         return self.conv_out(F.silu(self.norm_out(h)))             # (B, 8, 32, 32)
 
 
@@ -157,10 +156,9 @@ class Decoder(nn.Module):
 
     def forward(self, z):                                          # (B, 4, 32, 32)
         h = self.mid(self.conv_in(z))                              # (B, 512, 32, 32)
-        for level in reversed(self.up):                            # (B, 512, 64, 64)
-            h = level(h)                                           # (B, 512, 128, 128)
-                                                                   # (B, 256, 256, 256)
-                                                                   # (B, 128, 256, 256)
+        # After each level: (B, 512, 64, 64), (B, 512, 128, 128), (B, 256, 256, 256), (B, 128, ..)
+        for level in reversed(self.up):
+            h = level(h)
         return self.conv_out(F.silu(self.norm_out(h)))             # (B, 3, 256, 256)
 
 

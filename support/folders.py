@@ -70,15 +70,15 @@ def natural_sort_key(name):
 def walk(folder):
     """-> the readable files below a folder, sorted, and the others. Hidden files are left out.
 
-    Links to folders are followed. No folder is entered twice, so a circle of links ends.
+    Links to folders are followed, but not into a folder that they lie in: a circle ends.
     """
-    entered, readable, others = set(), [], []
+    readable, others = [], []
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        if os.path.realpath(where) in entered:
+        above = [os.path.realpath(parent) for parent in Path(where).absolute().parents]
+        if os.path.realpath(where) in above:
             folders.clear()
             continue
-        entered.add(os.path.realpath(where))
         for name in sorted(names):
             if not name.startswith(".") and name != "Thumbs.db":
                 found = readable if name.lower().endswith(ENDINGS) else others
@@ -95,8 +95,9 @@ def count_kinds(paths):
 
 
 def nothing_in_it(others):
-    kinds = count_kinds(others) or "it is empty"
-    return f"no image and no volume in it ({', '.join(ENDINGS)}); {kinds}"
+    return f"no image and no volume in it ({', '.join(ENDINGS)}); {count_kinds(others)}".rstrip(
+        "; "
+    )
 
 
 def find_inputs(paths, skip=()):
@@ -111,6 +112,9 @@ def find_inputs(paths, skip=()):
             continue
         readable, others = walk(path)
         sources = [source for source in readable if not source.name.endswith(tuple(skip))]
+        if len(sources) < len(readable):
+            left_out = len(readable) - len(sources)
+            print0(f"{path}: left out {left_out} files that are named like results of this program")
         if not sources:
             raise UserError(f"{path}: {nothing_in_it(others)}")
         if others:
@@ -174,14 +178,15 @@ def pairs(image_folder, mask_folder, image_name=str):
     """
     left = files_by_name(image_folder)
     right = {image_name(name): path for name, path in files_by_name(mask_folder).items()}
+    for paths, folder in ((left, image_folder), (right, mask_folder)):
+        if not paths:
+            raise UserError(f"{folder}: {nothing_in_it(walk(folder)[1])}")
     lone = left.keys() - right.keys(), right.keys() - left.keys()
     for names, folder in zip(lone, (mask_folder, image_folder)):
         if names:
             first, more = min(names, key=natural_sort_key), len(names) - 1
             raise UserError(f"{folder}: no file for {first}{f' and {more} more' if more else ''}; "
                             f"every image needs its mask{suffix_note(*lone)}")  # fmt: skip
-    if not left:
-        raise UserError(f"{image_folder}: {nothing_in_it(walk(image_folder)[1])}")
     return [Case(n, left[n], right[n], group=n) for n in sorted(left, key=natural_sort_key)]
 
 
@@ -256,9 +261,11 @@ def check_black_and_white(mask, path):
     """Raises UserError unless a mask is black and white, with other greys at its edges only."""
     seen = np.unique(mask.values).tolist()
     others, top = [v for v in seen if v not in (0, 255)], seen[-1]
-    ids = not mask.lossy and others and max(others) < MAX_CLASSES  # alone, or beside 255
+    # Smooth edges have many greys; a single one, or any in a volume, is a class
+    third = others and (len(others) == 1 or mask.values.ndim == 3 or max(others) < MAX_CLASSES)
     black = top == 0 or mask.lossy and len(seen) == 1 and top <= 3  # JPEG may round 0 to 1
-    if ids or (top <= 127 and not black) or images.has_flat_grey(mask.values):
+    plain = not (third and not mask.lossy) and (top > 127 or black)
+    if not plain or images.has_flat_grey(mask.values):
         raise UserError(f"{path}: mask values {images.format_values(seen)}; wanted is black and "
                         "white, with greys at the edges only, or PNG with the class ids 0, 1, 2 "
                         f"and so on up to {MAX_CLASSES - 1}")  # fmt: skip
@@ -277,7 +284,7 @@ def find_label_format(cases, names):
 
     `names` are those of classes.json, or None. Raises UserError where the values are not plain.
     """
-    values, palette, lossy = {0}, {}, False
+    values, palette, lossy, ids, odd = {0}, {}, False, None, None
     progress = Progress(len(cases), "training masks read")
     for case in cases:
         mask, _ = load_mask(case)
@@ -285,7 +292,14 @@ def find_label_format(cases, names):
         values.update(np.unique(mask.values).tolist())
         palette.update(mask.palette)
         lossy |= mask.lossy
+        top = mask.values.max()
+        if mask.lossy or top >= MAX_CLASSES:
+            odd = odd or (case.mask, mask)
+        ids = ids or 1 < top < MAX_CLASSES and not mask.lossy
         progress.step()
+    if ids and odd:
+        raise UserError(f"{odd[0]}: mask values {images.format_values(odd[1].values)}, and others "
+                        "have class ids; save all as PNG with class ids")  # fmt: skip
     top = max(values)
     if (lossy or top >= MAX_CLASSES) and len(names or TWO_CLASSES) == 2:
         return "binary", names or TWO_CLASSES, {}
@@ -315,6 +329,9 @@ def find_own(folder):
     names = read_classes(folder / "classes.json")
     label_format, classes, palette = find_label_format(splits["train"], names)
     not_read = count_kinds([path for where in folders for path in walk(where)[1]])
+    unlisted = len(cases) - sum(map(len, splits.values()))
+    if unlisted:
+        not_read = f"in no part of split.json: {unlisted} cases\n{not_read}".rstrip()
     return DatasetSpec(folder.resolve().name, splits, classes, label_format, None, True in kinds,
                        palette, not_read)  # fmt: skip
 

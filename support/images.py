@@ -19,6 +19,7 @@ IMAGE_ENDINGS = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".gif", ".web
 FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # nothing else is opened under any name
 LOSSLESS = ("PNG", "BMP", "TIFF", "GIF")
 OTHER_VOLUMES = (".dcm", ".ima", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr", ".img")
+SAVE_GREY = "save it as PNG with a grey value for each class: 0, 1, 2 and so on"
 CONVERT = "volumes are read as NIfTI; convert it, for example with dcm2niix"
 Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow warns above, and refuses above twice as many
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)
@@ -45,24 +46,30 @@ def why_unreadable(path, kind, error):
 
 
 def open_image(path):
-    """A decoded PIL image: the first frame, upright. Raises UserError."""
+    """A decoded PIL image: the first frame, upright. Raises UserError.
+
+    Its `deep_colours` says whether colours have 16 bits, of which Pillow keeps the upper 8.
+    """
     try:
         with Image.open(path, formats=FORMATS) as image:
             if getattr(image, "n_frames", 1) > 1:
                 print(f"{path}: {image.n_frames} frames; the first is used", file=sys.stderr)
+            deep_colours = image.mode.startswith("RGB") and ";16" in str(image.tile)
             image.load()
             if not image.mode.startswith(("I", "F")):
                 Image.new(image.mode, (1, 1)).convert("RGB")  # raises where Pillow cannot, as LAB
             upright = ImageOps.exif_transpose(image)
-            upright.format = image.format
+            upright.format, upright.deep_colours = image.format, deep_colours
             return upright
     except Exception as error:  # damaged files make Pillow raise many kinds of exceptions
         raise UserError(why_unreadable(path, "image", error)) from None
 
 
 def exif_orientation(path):
+    """1 to 8. Other numbers are in use and mean nothing, as 1 does."""
     with Image.open(path, formats=FORMATS) as image:
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return orientation if orientation in range(1, 9) else 1
 
 
 def compare_exif(image, mask):
@@ -103,10 +110,12 @@ def window_to_uint8(values, window):
 def read_image(path):
     """Any image -> uint8 (H, W, 3). Raises UserError.
 
-    Grey of more than 8 bits goes through its `intensity_window`. Of colours of more than 8 bits
-    Pillow keeps the upper 8. Transparent pixels are laid on black.
+    Grey of more than 8 bits goes through its `intensity_window`. Transparent pixels are laid on
+    black.
     """
     image = open_image(path)
+    if image.deep_colours:
+        print(f"{path}: colours of 16 bits; the upper 8 are used", file=sys.stderr)
     if image.mode.startswith(("I", "F")):
         values = finite(np.asarray(image, dtype=np.float32), path)
         # A burnt-in mark has one extreme value and often covers more than 0.5 %
@@ -149,42 +158,51 @@ def whole_numbers(values, path):
 def read_mask(path):
     """An image of class ids, or in black and white -> Mask. Raises UserError.
 
-    A palette that holds a colour gives class ids: its indices. Where the alpha channel cuts out a
-    shape of a single colour or of black, the shape is 255; otherwise what is transparent is 0.
+    A palette that holds a colour gives class ids: its indices. Where an alpha channel cuts out a
+    shape of a single colour, the shape is 255; otherwise what is transparent is 0.
     """
     image = open_image(path)
     lossy = image.format not in LOSSLESS or image.info.get("compression") in ("jpeg", "webp")
+    if image.deep_colours:
+        raise UserError(f"{path}: a mask in colours of 16 bits; {SAVE_GREY}")
     if image.mode.startswith(("I", "F")):
-        return Mask(whole_numbers(np.asarray(image), path), {}, lossy)
-    visible = visible_pixels(image)
+        values = np.asarray(image)
+        white = values.max() == 65535 and set(np.unique(values)) <= {0, 65535}
+        return Mask(whole_numbers(values // 257 if white else values, path), {}, lossy)
     palette = palette_colours(image, path) if image.mode == "P" else {}
-    values = np.asarray(image) if palette else grey_values(image, visible, lossy, path)
-    if not visible.all():
-        values = visible * (values if values[visible].any() else np.uint8(255))
-    return Mask(values, palette, lossy)
-
-
-def visible_pixels(image):
-    """bool (H, W): where alpha is above half of its maximum; everywhere where it is constant."""
-    alpha = np.asarray(image.convert("RGBA").getchannel("A"))
-    if alpha.min() == alpha.max():
-        return np.ones(alpha.shape, bool)
-    return alpha > alpha.max() / 2
-
-
-def grey_values(image, visible, lossy, path):
-    """uint8 (H, W): all 0 where the visible pixels are one colour on transparency.
-
-    Raises UserError for colours. JPEG rounds grey to colours that are up to 8 apart.
-    """
+    if palette:
+        return Mask(np.asarray(image), palette, lossy)
     rgb = np.asarray(image.convert("RGB"))
-    shape, apart = rgb[visible].astype(np.int16), 8 if lossy else 0  # (N, 3)
-    if np.abs(shape - shape[:, :1]).max() <= apart:
-        return rgb[..., 0]
-    if not visible.all() and np.ptp(shape, axis=0).max() <= apart:
-        return np.zeros_like(rgb[..., 0])
-    raise UserError(f"{path}: a mask in colours; save it as PNG with a grey value for each class: "
-                    "0, 1, 2 and so on")  # fmt: skip
+    alpha = np.asarray(image.getchannel("A")) if image.mode in ("RGBA", "LA", "PA") else None
+    if alpha is None or alpha.min() == alpha.max() > 0:
+        return Mask(grey_values(rgb, lossy, path), {}, lossy)
+    return Mask(cut_out(rgb, alpha, lossy, path), {}, lossy)
+
+
+def cut_out(rgb, alpha, lossy, path):
+    """A mask with transparent pixels -> uint8 (H, W). Raises UserError where it is not plain."""
+    visible = alpha > alpha.max() / 2
+    colours = rgb[visible] if visible.any() else rgb.reshape(-1, 3)
+    single = np.ptp(colours.astype(np.int16), axis=0).max() <= 8
+    if not visible.any():  # nothing is cut out; or the alpha channel is not in use
+        return np.zeros_like(alpha) if single else grey_values(rgb, lossy, path)
+    if colours.max() <= 127:
+        raise UserError(f"{path}: a dark shape on transparency, which may be the mask or its "
+                        f"background; {SAVE_GREY}")  # fmt: skip
+    if single:
+        return visible * np.uint8(255)
+    return visible * grey_values(np.where(visible[..., None], rgb, 0), lossy, path)
+
+
+def grey_values(rgb, lossy, path):
+    """uint8 (H, W, 3) -> (H, W). JPEG rounds grey to colours that are up to 8 apart.
+
+    Raises UserError for colours.
+    """
+    apart = np.ptp(rgb.astype(np.int16), axis=-1).max()
+    if apart > (8 if lossy else 0):
+        raise UserError(f"{path}: a mask in colours; {SAVE_GREY}")
+    return rgb[..., 0]
 
 
 def palette_colours(image, path):

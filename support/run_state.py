@@ -157,7 +157,7 @@ def catch_stop_signals():
         if not caught:
             first = time.monotonic()
             caught.append(number)
-            print("stopping after this step; press again to stop at once", flush=True)
+            print("stopping after this step and saving; once more stops at once", flush=True)
         elif time.monotonic() - first > 1:
             os._exit(128 + number)
 

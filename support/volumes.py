@@ -6,6 +6,7 @@ becomes a UserError that names the file. Letters: X Y Z voxels; Z H W slices and
 """
 
 import gzip
+import itertools
 import logging
 import math
 from typing import NamedTuple
@@ -126,14 +127,17 @@ def compare_grids(image, mask, path):
     Arrays are compared voxel by voxel all the same. Raises UserError for a mask that is stored in
     another orientation and has no affine that leads to the image's place: it may be mirrored.
     """
-    # Where the mask's voxels 0 and 1 lie, in voxels of the image; an affine may flatten space
-    apart = np.linalg.pinv(image.ras_affine) @ (mask.ras_affine - image.ras_affine)
-    if np.abs(apart).max() <= 0.1:
+    # How far apart the corners of the two grids are, in voxels; an affine may flatten space
+    sizes = np.take((*image.shape, 1)[:3], np.argsort(image.orientation[:, 0]))
+    corners = np.array([(*c, 1) for c in itertools.product(*((0, n - 1) for n in sizes))]).T
+    apart = np.linalg.pinv(image.ras_affine) @ (mask.ras_affine - image.ras_affine) @ corners
+    far = np.abs(apart).max()
+    if far <= 0.1:
         return None
     places = [f"origin {in_mm(g.ras_affine[:3, 3])}, spacing {in_mm(g.spacing)}"
               for g in (mask, image)]  # fmt: skip
-    text = f"the mask has {places[0]}, its image {places[1]}"
-    if np.abs(apart).max() > 1 and not np.array_equal(image.orientation, mask.orientation):
+    text = f"the mask has {places[0]}, its image {places[1]}, up to {far:.1f} voxels apart"
+    if far > 1 and not np.array_equal(image.orientation, mask.orientation):
         raise UserError(f"{path}: lies elsewhere in space and is stored in another orientation: "
                         f"{text}; save both with the same affine")  # fmt: skip
     return f"{text}; they are read voxel by voxel"

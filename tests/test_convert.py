@@ -1,15 +1,15 @@
 """The converter: public names and numbers in, ours out, and no pickle is run."""
 
-import collections
 import importlib
 import io
 import json
 import os
+import platform
 import random
 import struct
-import subprocess
 import sys
 import zipfile
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +25,7 @@ from support.ckpt import read_tensors
 from support.cli import UserError, run_command
 from support.diffusers_names import compvis_names
 from support.weights import write_weights
+from tools.benchmark import peak_of
 from unet import UNetConfig
 from vae import VAEConfig
 
@@ -54,23 +55,17 @@ def compvis(family):
     return unet | golden_weights(golden("vae-tiny")[0]["first_stage_model"], VAE, strip=False)
 
 
-def published(**buffers):
+def published():
     """The golden weights as the published SDSeg saves a run."""
     unet = golden_weights(golden("unet-ldm-tiny")[0]["state_dict"], UNET, strip=False)
     tau = golden_weights(golden("vae-tiny")[0]["cond_stage_model"], TAU, strip=False)
     settings = {"scale_factor": torch.tensor(0.1145), "betas": torch.tensor([0.0015, 0.0155])}
-    return compvis("ldm") | unet | tau | settings | buffers
+    return compvis("ldm") | unet | tau | settings
 
 
 def diffusers(part):
     """The golden weights of a diffusers U-Net or VAE."""
     return golden_weights(golden("diffusers-tiny")[0][part], f"{part}.")
-
-
-def with_old_names(vae):
-    for new, old in OLD_NAMES.items():
-        vae = {k.replace(f".{new}.", f".{old}."): v for k, v in vae.items()}
-    return vae
 
 
 def shapes(tensors):
@@ -79,12 +74,6 @@ def shapes(tensors):
 
 def only(prefix, tensors):
     return {k: v for k, v in tensors.items() if k.startswith(prefix)}
-
-
-def averages(tensors, factor=1.0):
-    """model_ema.*: the tensors of the U-Net, under names without dots."""
-    unet = only(UNET, tensors).items()
-    return {EMA + k.removeprefix("model.").replace(".", ""): v * factor for k, v in unet}
 
 
 class ModelCheckpoint:
@@ -126,39 +115,20 @@ def check_outputs(unet, expected, vae="vae-tiny", file="out.safetensors"):
     return model
 
 
-# ---- names ----
+# ---- names and numbers ----
 
 
-@pytest.mark.parametrize(
-    "preset, kind",
-    [("sd-v1", "plain"), ("sd-v1", "ema"), ("ldm-kl-8", "plain"), ("ldm-kl-8", "published")],
-)
-def test_full_size_names_are_all_used_and_none_invented(preset, kind):
-    """At full size every public tensor finds its place, and every place its tensor."""
-    unet = full_size(f"unet-{preset}", "state_dict")
-    tensors = unet | full_size("vae-kl-f8", "first_stage_model")
-    if kind == "ema":
-        tensors = converter.take_averages(tensors | averages(unet))
-    if kind == "published":
-        tensors[CONV_IN] = unet[CONV_IN].repeat(1, 2, 1, 1)
-        tensors |= full_size("vae-kl-f8", "cond_stage_model")
-    weights, left = converter.convert(tensors, PRESETS[preset])
-    assert left.keys() == ({f"plain U-Net.{k}" for k in unet} if kind == "ema" else set())
-    assert shapes(weights) == shapes(build_empty(PRESETS[preset], "").state_dict())
-
-
-@pytest.mark.parametrize("old_names", [False, True])
-def test_full_size_names_of_diffusers(old_names):
-    """diffusers names, new and old, become exactly the CompVis names of the same shapes."""
-    vae = full_size("diffusers-sd-v1", "vae")
-    renamed = compvis_names(with_old_names(vae) if old_names else vae)
-    public = full_size("vae-kl-f8", "first_stage_model")
-    assert shapes(renamed) == shapes({k.removeprefix(VAE): v for k, v in public.items()})
-    unet = compvis_names(full_size("diffusers-sd-v1", "unet"))
-    assert shapes(unet) == shapes(full_size("unet-sd-v1", "state_dict"))
-
-
-# ---- numbers ----
+def test_full_size_names_are_all_used_and_none_invented():
+    """Every public tensor finds its place, and every place its tensor; also diffusers' names."""
+    vae = full_size("vae-kl-f8", "first_stage_model")
+    unets = {name: full_size(f"unet-{name}", "state_dict") for name in ("sd-v1", "ldm-kl-8")}
+    for name, unet in unets.items():
+        weights, left = converter.convert(unet | vae, PRESETS[name])
+        assert shapes(weights) == shapes(build_empty(PRESETS[name], "").state_dict()) and not left
+    renamed = compvis_names(full_size("diffusers-sd-v1", "unet"))
+    assert shapes(renamed) == shapes(unets["sd-v1"])
+    renamed = compvis_names(full_size("diffusers-sd-v1", "vae"))
+    assert {VAE + name: shape for name, shape in shapes(renamed).items()} == shapes(vae)
 
 
 @pytest.mark.parametrize("family, write", [("sd", save_ckpt), ("ldm", save_file)])
@@ -175,7 +145,9 @@ def test_checkpoints_give_the_reference_outputs(tiny, family, write):
 def test_ema_and_half(tiny, capsys):
     """--ema takes the averages, the default does not; --half halves the file."""
     plain = compvis("ldm")
-    save_ckpt({"state_dict": plain | averages(plain, 2.0)}, "model.ckpt")  # may be wrapped twice
+    names = {k: EMA + k.removeprefix("model.").replace(".", "") for k in only(UNET, plain)}
+    averages = {name: 2 * plain[k] for k, name in names.items()}
+    save_ckpt({"state_dict": plain | averages}, "model.ckpt")  # may be wrapped twice
     for out, *flags in (["plain"], ["ema", "--ema"], ["half", "--half"]):
         run("model.ckpt", "--out", f"{out}.safetensors", *flags)
     public = plain[BIAS]
@@ -183,8 +155,7 @@ def test_ema_and_half(tiny, capsys):
         assert torch.equal(load_file(f"{out}.safetensors")["unet.out.2.bias"], expected)
     assert Path("half.safetensors").stat().st_size < 0.55 * Path("ema.safetensors").stat().st_size
     printed = capsys.readouterr().out
-    for row in ("ignored  model_ema", "ignored  plain U-Net", "ignored  optimizer_states"):
-        assert row in printed
+    assert all(f"ignored  {x}" in printed for x in ("model_ema", "plain U-Net", "optimizer_states"))
 
 
 @pytest.mark.parametrize("family, source, order", [("sd", "diffusers", 1), ("ldm", "vae", -1)])
@@ -215,12 +186,15 @@ def test_published_run_keeps_its_encoder_and_scales(tiny):
     assert (config.beta_start, config.beta_end) == (0.0015, 0.0155)
 
 
-@pytest.mark.parametrize("ending, write", [("safetensors", save_file), ("fp16.bin", torch.save)])
-def test_diffusers_folder_gives_the_reference_outputs(tiny, ending, write):
-    """A diffusers folder: .safetensors with new names, .bin with old ones."""
-    for part, tensors in (("unet", diffusers("unet")), ("vae", with_old_names(diffusers("vae")))):
-        Path(part).mkdir()
-        write(tensors, Path(part, f"diffusion_pytorch_model.{ending}"))
+def test_diffusers_folder_gives_the_reference_outputs(tiny):
+    """A diffusers folder, of .safetensors or .bin; here the autoencoder has its old names."""
+    vae = diffusers("vae")
+    for new, old in OLD_NAMES.items():
+        vae = {k.replace(f".{new}.", f".{old}."): v for k, v in vae.items()}
+    Path("unet").mkdir()
+    Path("vae").mkdir()
+    save_file(diffusers("unet"), "unet/diffusion_pytorch_model.safetensors")
+    torch.save(vae, "vae/diffusion_pytorch_model.fp16.bin")
     weights, _ = converter.convert(converter.read_source(Path()), TINY["sd-v1"])
     write_weights("out.safetensors", weights, TINY["sd-v1"])
     check_outputs("diffusers-tiny", "eps_without_cross_attention", "diffusers-tiny")
@@ -240,22 +214,14 @@ class Call:
 
 
 @pytest.mark.parametrize(
-    "function, argument, protocol",
-    [
-        (eval, "open('EXECUTED', 'w')", 2),
-        (eval, "open('EXECUTED', 'w')", 4),
-        (os.system, "touch EXECUTED", 2),  # PyTorch refuses every function of os
-    ],
+    "function, argument", [(eval, "open('EXECUTED', 'w')"), (os.system, "touch EXECUTED")]
 )
-def test_a_malicious_pickle_has_no_effect(tmp_path, monkeypatch, function, argument, protocol):
+def test_a_malicious_pickle_has_no_effect(tmp_path, monkeypatch, function, argument):
     """What a pickle wants to call is not called; the weights beside it are read, or nothing is."""
     monkeypatch.chdir(tmp_path)
     content = {"state_dict": {"a": torch.arange(6.0)}, "x": Call(function, argument)}
-    torch.save(content, "attack.ckpt", pickle_protocol=protocol)
-    if protocol == 4 or function is os.system:
-        with pytest.raises(UserError, match="attack.ckpt: .* more than weights"):
-            read_tensors("attack.ckpt")
-    else:
+    torch.save(content, "attack.ckpt")
+    with suppress(UserError):
         assert torch.equal(read_tensors("attack.ckpt")["a"], torch.arange(6.0))
     assert not Path("EXECUTED").exists()
     torch.load("attack.ckpt", weights_only=False)
@@ -275,34 +241,25 @@ def test_a_class_that_a_file_names_is_not_imported(tmp_path, monkeypatch):
 # ---- refusals ----
 
 
-def big(name=None, shape=None, preset="sd-v1"):
-    """A full-size checkpoint on little disk, each tensor one number; one may have another shape."""
-    tensors = full_size(f"unet-{preset}", "state_dict")
-    tensors |= full_size("vae-kl-f8", "first_stage_model")
-    shapes = {k: v.shape for k, v in tensors.items()} | {name: shape}
-    return {k: torch.zeros(()).expand(v) for k, v in shapes.items() if v is not None}
+def altered(name, value=None):
+    """Stable Diffusion v1 in which one tensor is another one, or is missing."""
+    tensors = compvis("sd") | {name: value}
+    return {k: v for k, v in tensors.items() if v is not None}
 
 
-def with_type(dtype):
-    return {name: value.to(dtype) for name, value in big(preset="ldm-kl-8").items()}
-
-
+HUGE = torch.zeros(()).expand(2**40, 4, 3, 3)  # stored as one number
 MODELS = {  # what is wrong: the checkpoint, what the refusal says
-    "SD 2": (lambda: big(CONTEXT, [320, 1024]), "Stable Diffusion 2"),
-    "inpainting": (lambda: big(CONV_IN, [320, 9, 3, 3]), "an inpainting model"),
-    "no channels": (lambda: big(CONV_IN, [320]), "is [320]"),
+    "SD 2": (lambda: altered(CONTEXT, torch.ones(32, 1024)), "Stable Diffusion 2"),
+    "inpainting": (lambda: altered(CONV_IN, torch.ones(32, 9, 3, 3)), "an inpainting model"),
     "SDXL": (lambda: {CONV_IN: torch.ones(1)}, "Stable Diffusion XL"),
-    "missing": (lambda: big(BIAS, None), "missing unet.out.2.bias"),
-    "misshapen": (lambda: big(BIAS, [7], "ldm-kl-8"), "unet.out.2.bias is [7], not [4]"),
-    "huge": (lambda: big(CONV_IN, [2**40, 4, 3, 3]), "is [1099511627776, 8, 3, 3], not [320"),
-    "no dimension": (lambda: big(VAE + "quant_conv.bias", []), "vae.quant_conv.bias is [], not"),
-    "extra": (lambda: big() | {VAE + "x": torch.ones(1)}, "unexpected vae.x"),
-    "no autoencoder": (lambda: only(UNET, big(preset="ldm-kl-8")), "without autoencoder"),
-    "no U-Net": (lambda: only(VAE, big()), "no U-Net of Stable Diffusion v1 or LDM"),
-    "integers": (lambda: with_type(torch.int32), "is torch.int32"),
-    "float8": (lambda: with_type(torch.float8_e4m3fn), "is torch.float8_e4m3fn"),
-    "no scale": (lambda: published(scale_factor=0.1145), "scale_factor"),
-    "scale not finite": (lambda: published(scale_factor=torch.tensor(torch.nan)), "scale_factor"),
+    "missing": (lambda: altered(BIAS), "missing unet.out.2.bias"),
+    "huge": (lambda: altered(CONV_IN, HUGE), "is [1099511627776, 8, 3, 3], not [32"),
+    "no dimension": (lambda: altered(VAE + "quant_conv.bias", torch.ones(())), "is [], not [8]"),
+    "extra": (lambda: altered(VAE + "x", torch.ones(1)), "unexpected vae.x"),
+    "float8": (lambda: altered(BIAS, torch.ones(4).to(torch.float8_e4m3fn)), "float8_e4m3fn"),
+    "no autoencoder": (lambda: only(UNET, compvis("sd")), "without autoencoder"),
+    "no U-Net": (lambda: only(VAE, compvis("sd")), "no U-Net of Stable Diffusion v1 or LDM"),
+    "no scale": (lambda: published() | {"scale_factor": torch.tensor(torch.nan)}, "scale_factor"),
 }
 
 
@@ -326,14 +283,10 @@ def test_arguments_that_cannot_be(tiny, capsys):
     check_refusal(capsys, "no unet/diffusion_pytorch_model", ".")
 
 
-# ---- damaged files ----
-
-
-def zip_of(members, compression=zipfile.ZIP_STORED):
+def zip_bomb():
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", compression) as archive:
-        for name, content in members.items():
-            archive.writestr(name, content)
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("model.ckpt", bytes(10**7))
     return buffer.getvalue()
 
 
@@ -341,22 +294,6 @@ def ckpt(value):
     buffer = io.BytesIO()
     torch.save(value, buffer)
     return buffer.getvalue()
-
-
-def with_count(count):
-    """A .ckpt of 70,001 numbers that claims to have `count` of them, in storage and shape."""
-    archive = zipfile.ZipFile(io.BytesIO(ckpt({"a": torch.zeros(70001)})))
-    members = {name: archive.read(name) for name in archive.namelist()}
-    true, claimed = (struct.pack("<i", n) for n in (70001, count))
-    members["archive/data.pkl"] = members["archive/data.pkl"].replace(true, claimed)
-    return zip_of(members)
-
-
-def with_shape(shape, stride=(1,), offset=0):
-    """A .ckpt that claims a tensor of any shape, in a storage of four numbers."""
-    storage, hooks = torch.zeros(4)._typed_storage(), collections.OrderedDict()
-    args = storage, offset, shape, stride, False, hooks
-    return ckpt({"a": Call(torch._utils._rebuild_tensor_v2, *args)})
 
 
 def with_member_size(size):
@@ -367,61 +304,47 @@ def with_member_size(size):
     return bytes(content)
 
 
+REBUILD = torch._utils._rebuild_tensor_v2
+LIE = Call(REBUILD, torch.zeros(4)._typed_storage(), 0, (2**40,), (1,), False, {})  # four numbers
 WHOLE = ckpt({"a": torch.zeros(4)})
 FILES = {
     "empty": (b"", "it begins with b''"),
     "web page": (b"<!DOCTYPE html><html><body>Sign in</body></html>", "b'<!DOCTYPE html>"),
-    "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "b'version https"),
     "old format": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M", "PyTorch 1.6"),
-    "other zip": (zip_of({"model.ckpt": b"x"}, zipfile.ZIP_DEFLATED), "unpack it"),
-    "foreign dict": (ckpt({"a": collections.defaultdict(int, b=1)}), "damaged"),
+    "zip bomb": (zip_bomb(), "unpack it"),
     "cut by a byte": (WHOLE[:-1], "damaged"),
-    "count absurd": (with_count(2**31 - 1), "damaged"),
-    "shape too large": (with_shape((5,)), "damaged"),
-    "shape absurd": (with_shape((2**62, 8), (0, 0)), "damaged"),
-    "offset outside": (with_shape((4,), offset=2**40), "damaged"),
-    "zip bomb": (zip_of({"a/data.pkl": bytes(10**7)}, zipfile.ZIP_DEFLATED), "a zip that"),
+    "shape too large": (ckpt({"a": LIE}), "damaged"),
     "member absurd": (with_member_size(2**31), "a zip that"),
     "header absurd": (struct.pack("<Q", 2**62) + save({"x": torch.zeros(4)})[8:], "damaged"),
-    "numbers missing": (save({"x": torch.zeros(4)})[:-1], "damaged"),
 }
 
 
 @pytest.mark.parametrize("case", [*MODELS, *FILES])
-def test_sources_that_are_refused(tmp_path, capsys, monkeypatch, case):
+def test_sources_that_are_refused(tiny, capsys, case):
     """A foreign model, a tensor that does not fit, a damaged file: one line says what is wrong."""
-    monkeypatch.chdir(tmp_path)
     content, says = (MODELS | FILES)[case]
     content = content if isinstance(content, bytes) else ckpt({"state_dict": content()})
     Path("model.ckpt").write_bytes(content)
     check_refusal(capsys, says, "model.ckpt")
 
 
-READ = """
-import resource, sys
-from support.ckpt import read_tensors
-from support.cli import UserError
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-tensors = {}
-for path in sys.argv[1:]:
-    try:
-        tensors |= read_tensors(path)
-    except UserError:
-        pass
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, len(tensors))
-"""
-
-
+@pytest.mark.skipif(platform.system() != "Linux", reason="only Linux forgets an earlier peak")
 def test_reading_takes_no_memory(tmp_path):
     """Two files of 100 MB are mapped, and no lie about a size in the files above takes memory."""
     for write, name in ((torch.save, "a"), (save_file, "b")):
         write({f"{name}{i}": torch.zeros(5_000_000) for i in range(5)}, tmp_path / name)
     for case, (content, _) in FILES.items():
         (tmp_path / case).write_bytes(content)
-    command = [sys.executable, "-c", READ, *tmp_path.iterdir()]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    kilobytes, count = map(int, done.stdout.split())
-    assert count == 10 and kilobytes < 20_000
+    tensors = {}
+
+    def read():
+        for path in tmp_path.iterdir():
+            with suppress(UserError):
+                tensors.update(read_tensors(path))
+
+    peaks = [peak_of(call, torch.device("cpu")) for call in (lambda: None, read)]
+    before, after = (int(peak.removesuffix(" MiB")) for peak in peaks)
+    assert len(tensors) == 10 and after - before < 20
 
 
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")

@@ -17,10 +17,11 @@ from data import SegmentationData, TrainingBatches, find, load_case
 from support import cache
 from support.cli import UserError
 from support.demo_data import draw_demo
-from support.folders import PARTS, Case, find_inputs, image_hashes, natural_sort_key, split_by_hash
+from support.folders import PARTS, Case, image_hashes, natural_sort_key, split_by_hash
 from tools import check_data
 
 CASES = [f"case{i}" for i in range(10)]
+BOTH = ("images", "masks")
 
 
 def save(path, array):
@@ -64,7 +65,7 @@ def names_of(spec):
     return {part: [c.name for c in spec.splits[part]] for part in PARTS}
 
 
-def groups_are_whole(spec):
+def whole_groups(spec):
     """-> the number of groups, none of which is in two parts."""
     groups = [{case.group for case in spec.splits[part]} for part in PARTS]
     assert sum(map(len, groups)) == len(set.union(*groups))
@@ -86,17 +87,16 @@ def test_cvc_layouts(folders, ending, tmp_path):
     spec, by_video = find("cvc", tmp_path), find("cvc", tmp_path, "sequence")
     assert sizes(spec) == [488, 62, 62] and names_of(spec)["test"] == data.POLYP_TEST["cvc"]
     assert sum(sizes(by_video)) == 612 and all(abs(n - 62) <= 12 for n in sizes(by_video)[1:])
-    assert groups_are_whole(by_video) == 29
+    assert whole_groups(by_video) == 29
 
 
 def test_validation_of_a_published_set_does_not_move(tmp_path):
     """A training image that is missing moves no other, but for one that leaves validation."""
     names = [f"{name}.jpg" for name in (*data.POLYP_TEST["kvasir"], *range(900))]
-    touch(tmp_path / "Kvasir-SEG", ("images", "masks"), names)
+    touch(tmp_path / "Kvasir-SEG", BOTH, names)
     spec = find("kvasir", tmp_path)
     assert sizes(spec) == [800, 100, 100] and names_of(find("kseg", tmp_path)) == names_of(spec)
-    lost = spec.splits["train"][0]
-    lost.image.unlink(), lost.mask.unlink()
+    spec.splits["train"][0].image.unlink(), spec.splits["train"][0].mask.unlink()
     fewer = find("kvasir", tmp_path)
     moved = set(spec.splits["val"]) - set(fewer.splits["val"])
     assert sizes(fewer) == [800, 99, 100] and moved < set(fewer.splits["train"])
@@ -112,25 +112,27 @@ def test_refuge2_cup_and_disc_crop(tmp_path):
             save(tmp_path / f"refuge2/{part}/images/{i}.jpg", np.zeros((200, 240, 3), np.uint8))
             save(tmp_path / f"refuge2/{part}/masks/{i}.bmp", mask)
     spec = find("refuge2", tmp_path)
-    assert sizes(spec) == [11, 1, 4] and names_of(spec)["test"][0] == "test/0"
+    case = spec.splits["test"][0]
+    assert sizes(spec) == [11, 1, 4] and case.name == "test/0"
     for moved in (mask, mask[::-1, ::-1], np.roll(mask, (78, 98), (0, 1))):  # the last: a corner
-        save(spec.splits["test"][0].mask, moved)
-        image, ids = load_case(spec.splits["test"][0], spec)
+        save(case.mask, moved)
+        image, ids = load_case(case, spec)
         assert ids.sum() == 20 * 20 and ids.shape == (80, 80) == image.shape[:2]
 
 
 def test_btcv_and_sts3d(tmp_path):
-    """BTCV by the published list, organs as one target or thirteen; STS-3D 9 / 3; the windows."""
+    """The published lists and windows; BTCV's organs as one target or as thirteen."""
     numbers = (*range(1, 11), *range(21, 41))
     names = [(f"img{i:04d}.nii.gz", f"label{i:04d}.nii.gz") for i in numbers]
     volumes(tmp_path / "BTCV", "img", "label", names, k=14)
     spec, organs = find("btcv", tmp_path), find("btcv-organs", tmp_path)
     assert sizes(spec) == [15, 3, 12] and spec.window == (-125, 275)
     assert [int(name[3:]) for name in names_of(spec)["test"]] == list(data.BTCV_TEST)
-    image, ids = load_case(spec.splits["test"][0], spec)
+    case = spec.splits["test"][0]
+    image, ids = load_case(case, spec)
     assert image.shape == (3, 10, 12, 3) and set(np.unique(ids)) == {0, 1}
     assert len(organs.classes) == 14 and organs.splits == spec.splits
-    assert set(np.unique(load_case(organs.splits["test"][0], organs)[1])) == set(range(14))
+    assert set(np.unique(load_case(case, organs)[1])) == set(range(14))
     names = [(f"{i:04d}.nii.gz",) * 2 for i in range(1, 13)]
     volumes(tmp_path / "STS-3D", "image", "label", names)
     teeth = find("sts3d", tmp_path)
@@ -140,9 +142,9 @@ def test_btcv_and_sts3d(tmp_path):
 
 def test_joined_data_sets(tmp_path):
     """a+b joins the parts of both, names and groups kept apart."""
-    touch(tmp_path / "CVC-ClinicDB", ("images", "masks"), [f"{i}.png" for i in range(9, 29)])
+    touch(tmp_path / "CVC-ClinicDB", BOTH, [f"{i}.png" for i in range(9, 29)])
     names = [f"{name}.jpg" for name in data.POLYP_TEST["kvasir"][:2] + ["x", "y"]]
-    touch(tmp_path / "Kvasir-SEG", ("images", "masks"), names)
+    touch(tmp_path / "Kvasir-SEG", BOTH, names)
     spec = find("kvasir+cvc", tmp_path)
     assert sizes(spec) == [17, 2, 5]
     assert {case.group.split("/")[0] for case in spec.splits["train"]} == {"kvasir", "cvc"}
@@ -158,14 +160,10 @@ def test_missing_data_says_where_to_look(tmp_path, monkeypatch, capsys):
         find("cvc", tmp_path)
     with pytest.raises(UserError, match="neither a folder nor one of cvc"):
         find("nowhere", tmp_path)
-    touch(tmp_path / "CVC-ClinicDB", ("images", "masks"), ["a.png", "b.png", "c.png"])
-    with pytest.raises(UserError, match="0 cases of the published test part"):
-        find("cvc", tmp_path)
     folder(tmp_path / "demo")
     monkeypatch.chdir(tmp_path)
-    assert sizes(find("demo")) == [600, 60, 100]
+    assert sizes(find("demo")) == [600, 60, 100] and sum(sizes(find("./demo"))) == 10
     assert "write ./demo for the folder" in capsys.readouterr().err
-    assert sum(sizes(find("./demo"))) == 10
     with pytest.raises(UserError, match="only cvc has video sequences"):
         find("./demo", split="sequence")
 
@@ -195,8 +193,8 @@ def test_own_folder_names_split_and_groups(tmp_path):
     write(root, "classes", ["tissue", "front", "ü"])
     write(root, "groups", {f"case{i}": i // 2 for i in range(10)})
     spec = find(str(root))
-    assert spec.classes == ("tissue", "front", "ü") and sum(sizes(spec)) == 10
-    assert groups_are_whole(spec) == 5
+    assert spec.classes == ("tissue", "front", "ü")
+    assert sum(sizes(spec)) == 10 and whole_groups(spec) == 5
     parts = {"train": ["case1", "case2"], "val": ["case4"], "test": ["case6"]}
     write(root, "split", parts)
     assert names_of(find(str(root))) == parts
@@ -204,9 +202,7 @@ def test_own_folder_names_split_and_groups(tmp_path):
 
 
 def test_a_file_that_comes_or_goes_moves_at_most_one_other():
-    """Splits by hash: about 80 / 10 / 10, each part at least one case. Brute force over sets of 3
-    to 40 files; two may move where no hash lies in the middle.
-    """
+    """Splits by hash: each part holds a case; of 1500 random sets a new file moves one or none."""
     rng, shares = random.Random(0), []
     for trial in range(1500):
         *cases, new = [Case(str(i), seed=rng.getrandbits(40), group=str(i))
@@ -215,16 +211,13 @@ def test_a_file_that_comes_or_goes_moves_at_most_one_other():
         assert all(before.values()) and sum(map(len, before.values())) == len(cases)
         moved = [c for part in PARTS for c in set(before[part]) - set(after[part])]
         middle = [h for h in image_hashes(cases) if 0.12 <= int(h, 16) / 2**64 < 0.88]
-        assert len(moved) <= (1 if middle else 2)
-        if len(cases) > 20:
-            shares.append([len(before[part]) / len(cases) for part in PARTS])
-    assert np.abs(np.mean(shares, axis=0) - (0.8, 0.1, 0.1)).max() < 0.03
+        assert len(moved) <= (1 if middle else 2)  # two of a few that lie at one end
+        shares.append([len(before[part]) / len(cases) for part in PARTS])
+    assert np.abs(np.mean(shares, axis=0) - (0.8, 0.1, 0.1)).max() < 0.07
 
 
-def test_subfolders_and_links_are_read(tmp_path, capsys):
-    """Pairs by relative path; linked folders are read, a circle of links ends, accents match in
-    both forms; files of other kinds are counted, hidden ones are not.
-    """
+def test_subfolders_and_links_are_read(tmp_path):
+    """Pairs by relative path, through links and in NFC or NFD; files of other kinds are counted."""
     root = folder(tmp_path / "own", ["a", "patient1/x", "patient2/x"])
     folder(tmp_path / "far", ["b", "c"])
     for f, form in (("images", "NFC"), ("masks", "NFD")):
@@ -236,33 +229,21 @@ def test_subfolders_and_links_are_read(tmp_path, capsys):
     names = sorted(name for part in names_of(spec).values() for name in part)
     assert names == ["Müller", "linked/b", "linked/c", "patient1/x", "patient2/x"]
     assert spec.not_read.startswith("not read: 1 .dcm, 2 .txt (volumes are read as NIfTI; convert")
-    sources = list(find_inputs([root / "images/patient1/x.png", root], skip=("b.png",)))
-    assert len(sources) == 9 and sources[0][1].name == "" and sources[-1][1].name == "patient2"
-    assert "2 .txt" in capsys.readouterr().out
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no image and no volume in it"):
-        list(find_inputs([tmp_path / "empty"]))
 
 
-def test_own_volumes(tmp_path):
-    """NIfTI in imagesTr/ and labelsTr/: split by volume, cut into slices. A left kidney stays left:
-    "flip" changes nothing where there are several classes.
-    """
+@pytest.mark.parametrize("k", [2, 3])
+def test_own_volumes(k, tmp_path):
+    """NIfTI is split by volume, cut into slices; with several classes "flip" keeps left left."""
     names = [(f"{i}.nii.gz",) * 2 for i in range(5)]
-    volumes(tmp_path / "own", "imagesTr", "labelsTr", names, k=3)
+    volumes(tmp_path / "own", "imagesTr", "labelsTr", names, k)
     spec = find(str(tmp_path / "own"))
-    assert spec.volumes and len(spec.classes) == 3 and spec.window is None
-    teeth = replace(spec, classes=("background", "tooth"), label_format="nonzero")
-    for spec in (spec, teeth):
-        items = SegmentationData(spec, "train", 16, "flip")
-        assert items.cases == [case for case in spec.splits["train"] for _ in range(3)]
-        assert items[4]["name"] == f"{items.cases[4].name}:001"
-        assert (
-            items[0]["image"].shape == (3, 16, 16)
-            and items[2]["mask"].max() == len(spec.classes) - 1
-        )
-        flipped, same = (items.batch([(e, i) for i in range(9)])["image"] for e in (0, None))
-        assert torch.equal(flipped, same) == (len(spec.classes) > 2)
+    assert spec.volumes and len(spec.classes) == k and spec.window is None
+    items = SegmentationData(spec, "train", 16, "flip")
+    assert items.cases == [case for case in spec.splits["train"] for _ in range(3)]
+    assert items[4]["name"] == f"{items.cases[4].name}:001"
+    assert items[0]["image"].shape == (3, 16, 16) and items[2]["mask"].max() == k - 1
+    flipped, same = (items.batch([(e, i) for i in range(9)])["image"] for e in (0, None))
+    assert torch.equal(flipped, same) == (k > 2)
 
 
 def each(root, change, *folders):
@@ -270,28 +251,17 @@ def each(root, change, *folders):
         change(path)
 
 
-def suffix(text):
-    return lambda path: path.rename(path.with_name(f"{path.stem}{text}{path.suffix}"))
-
-
-BOTH = ("images", "masks")
 BAD = {  # the words of the refusal: what is done to a folder of 10 pairs
     "no file for case3; every": lambda r: (r / "masks/case3.png").unlink(),
-    "no file for case0 and 9 more": lambda r: each(r, os.unlink, "masks"),
     "same name": lambda r: save(r / "masks/case3.jpg", np.zeros((9, 9), np.uint8)),
-    "masks' names end in _segmentation": lambda r: each(r, suffix("_segmentation"), "masks"),
-    "images' names end in _0000: rename": lambda r: each(r, suffix("_0000"), "images"),
+    "end in _0000": lambda r: each(r, lambda p: p.rename(p.with_stem(p.stem + "_0000")), "images"),
     "keep them apart": lambda r: volumes(r, *BOTH, [("v.nii", "v.nii")]),
     "no volume in it .* 10 .txt": lambda r: each(r, lambda p: p.rename(f"{p}.txt"), *BOTH),
     "1 different images": lambda r: each(r, lambda p: p.write_bytes(b"x"), "images"),
     "split.json: needs": lambda r: write(r, "split", "{"),
-    "'../x' is not the name": lambda r: write(r, "split", {p: ["../x"] for p in PARTS}),
     "'case1' .* listed twice": lambda r: write(r, "split", {p: ["case1"] for p in PARTS}),
-    "none empty": lambda r: write(r, "split", {"train": ["case1"]}),
     "2 to 14 different names": lambda r: write(r, "classes", ["a", "a"]),
     "'case1' has no group": lambda r: write(r, "groups", {"case0": "p"}),
-    "'x' is not the name": lambda r: write(r, "groups", dict.fromkeys([*CASES, "x"], "p")),
-    "2 different groups": lambda r: write(r, "groups", {c: c > "case4" for c in CASES}),
     "is in train and in val": lambda r: [write(r, "groups", dict.fromkeys(CASES, "p")),
                                          write(r, "split", {p: [c] for p, c in zip(PARTS, CASES)})],
 }  # fmt: skip
@@ -317,37 +287,28 @@ def drawn(drawn_once):
     return replace(spec, splits={"val": spec.splits["val"][:20]})
 
 
-@pytest.mark.parametrize("augment", ["flip", "full"])
-def test_image_and_mask_move_together(augment, drawn):
-    """The mask drawn into the image stays the mask, whatever the augmentation."""
+@pytest.mark.parametrize("augment, least", [("flip", 1), ("full", 0.97)])
+def test_image_and_mask_move_together(augment, least, drawn):
+    """The mask drawn into the image stays the mask; seed, epoch and index decide how it moves."""
     items = SegmentationData(drawn, "val", 64, augment)
     items.images = np.repeat(items.masks[..., None] * np.uint8(255), 3, axis=3)
     batch = items.batch([(e, i) for e in range(2) for i in range(20)])
-    light = batch["image"].mean(1)
-    middle = (light.amax((1, 2)) + light.amin((1, 2))) / 2
-    agree = ((light > middle[:, None, None]) == (batch["mask"] > 0)).float()
     filled = batch["mask"].flatten(1).any(1)
-    assert agree[filled].mean() > (0.999 if augment == "flip" else 0.97)
-    if augment == "flip":
-        assert torch.equal(batch["image"][:, 0] > 0, batch["mask"] > 0)
+    light, truth = batch["image"].mean(1)[filled], batch["mask"][filled] > 0
+    middle = (light.amax((1, 2)) + light.amin((1, 2))) / 2
+    assert ((light > middle[:, None, None]) == truth).float().mean() >= least
     assert not torch.equal(batch["mask"][:20], batch["mask"][20:])
-
-
-def test_augmentation_is_a_function_of_seed_epoch_and_index(drawn):
-    """The same three numbers give the same image, in any batch; no epoch: the original."""
-    items = SegmentationData(drawn, "val", 64, "full", seed=3)
-    a, b = items.batch([(1, 5), (1, 6)]), items.batch([(1, 6)])
-    torch.testing.assert_close(a["image"][1:], b["image"])
-    plain = items.batch([(None, 6)])["image"][0]
-    assert torch.equal(plain, items[6]["image"]) and not torch.equal(plain, b["image"][0])
+    torch.testing.assert_close(items.batch([(1, 6)])["image"][0], batch["image"][26])
+    assert torch.equal(items.batch([(None, 6)])["image"][0], items[6]["image"])
 
 
 def test_batches_are_permutations_and_processes_share_them(drawn):
     """Each epoch holds every item once; two processes have the two halves of each batch."""
     items = SegmentationData(drawn, "val", 16, "flip")
     whole = TrainingBatches(items, 8, seed=1)
-    order = [whole.sample(position) for position in range(40)]
-    assert all(sorted(order[20 * e :][:20]) == [(e, i) for i in range(20)] for e in range(2))
+    for epoch in range(2):
+        samples = [whole.sample(20 * epoch + i) for i in range(20)]
+        assert sorted(samples) == [(epoch, i) for i in range(20)]
     halves = [TrainingBatches(items, 8, 1, rank, 2)[3] for rank in range(2)]
     image, mask, ids = whole[3]
     assert torch.equal(image, torch.cat([half[0] for half in halves])) and len(mask) == 8
@@ -356,25 +317,20 @@ def test_batches_are_permutations_and_processes_share_them(drawn):
 
 def test_demo_is_seeded_and_no_threshold_finds_it():
     """Same seed, same image; the best of many thresholds stays under Dice 0.5."""
-    a, b = draw_demo(7, 64), draw_demo(7, 64)
-    assert all(np.array_equal(x, y) for x, y in zip(a, b))
+    assert all(np.array_equal(x, y) for x, y in zip(draw_demo(7, 64), draw_demo(7, 64)))
     images, masks = zip(*(draw_demo(seed, 64) for seed in range(30)))
     greys, truth = np.mean(images, axis=3), np.array(masks) > 0
-    for sign, level in ((s, level) for s in (-1, 1) for level in range(5, 255, 10)):
-        found = sign * greys > sign * level
-        overlap = 2 * (found & truth).sum((1, 2)) / (found.sum((1, 2)) + truth.sum((1, 2)) + 1)
-        assert overlap.mean() < 0.5
-    lesions = truth.mean((1, 2))
-    assert (lesions == 0).any() and 0.02 < lesions.mean() < 0.3
+    for level in range(5, 255, 10):
+        for found in (greys > level, greys < level):
+            overlap, size = (found & truth).sum((1, 2)), found.sum((1, 2)) + truth.sum((1, 2))
+            assert (2 * overlap / (size + 1)).mean() < 0.5
 
 
 # ---- the cache ----
 
 
 def test_the_cache_returns_the_same_items(tmp_path, monkeypatch, capsys):
-    """A second reading decodes nothing and repeats the remarks, unless a file's content changes.
-    A damaged cache is decoded again, an unwritable one costs time only; without a home, no cache.
-    """
+    """It decodes once and repeats the remarks, until a file changes; damage costs only time."""
     root, exif = folder(tmp_path / "own"), Image.Exif()
     exif[0x0112] = 3
     each(root, lambda path: Image.open(path).save(path, exif=exif), "images")
@@ -390,17 +346,13 @@ def test_the_cache_returns_the_same_items(tmp_path, monkeypatch, capsys):
         assert same()
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == lines[1] and "EXIF orientation 3 in the image, 1 in its mask" in lines[0]
-    assert lines[0].endswith(f"and {len(first) - 1} more")
-    for file in (tmp_path / "cache").iterdir():
-        for content in (b"", b"5", file.read_bytes()[:-1]):
-            file.unlink()
-            file.write_bytes(content)
-            assert same()
+    each(tmp_path, lambda path: path.write_bytes(path.read_bytes()[:-1]), "cache")
+    assert same()
     monkeypatch.setenv("SDSEG_CACHE", "/proc/nowhere")
     assert same()
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("SDSEG_CACHE")
-    monkeypatch.setattr(os.path, "expanduser", str)
+    monkeypatch.setattr(os.path, "expanduser", str)  # no home
     assert same() and not (tmp_path / "~").exists()
     each(root, lambda path: save(path, 255 - np.asarray(Image.open(path))), "images")
     assert not same()
@@ -418,11 +370,10 @@ def test_checking_a_data_set(tmp_path, capsys):
     root, sheet = folder(tmp_path / "own"), tmp_path / "sheet.png"
     touch(root, ("images",), ["notes.txt"])
     write(root, "split", {"train": CASES[:8], "val": CASES[8:9], "test": CASES[9:]})
-    assert check(root, "--out", sheet) == 0
+    assert check(root, "--out", sheet) == 0 and sheet.exists()
     printed = capsys.readouterr().out
     assert "train  8 cases, 32 x 24; background 50.00 %, foreground 50.00 %; 0 empty" in printed
     assert "not read: 1 .txt" in printed and "odd: nothing" in printed
-    assert Image.open(sheet).size == (8 * 112, 6 * 112)
     (root / "images/case9.png").write_bytes((root / "images/case1.png").read_bytes())
     assert check(root, "--out", sheet) == 1
     assert "same image in two parts: train case1 and test case9" in capsys.readouterr().out
@@ -431,17 +382,16 @@ def test_checking_a_data_set(tmp_path, capsys):
         check(root, "--out", root / "masks/case1.png")
 
 
-def test_the_check_names_everything_odd(tmp_path, capsys):
-    """Damaged files are all named and the others counted; training masks that are all empty too."""
-    images, scans, sheet = folder(tmp_path / "images"), tmp_path / "scans", tmp_path / "sheet.png"
-    volumes(scans, *BOTH, [(f"{i}.nii.gz",) * 2 for i in range(10)])
-    for root, kind in ((images, "image"), (scans, "NIfTI volume")):
-        for case in find(str(root)).splits["train"][:2]:
-            case.image.write_bytes(case.name.encode())
-        assert check(root, "--out", sheet) == 1
-        printed = capsys.readouterr().out
-        assert printed.count(f"not a readable {kind}") == 2 and "odd: 2" in printed
-    root = folder(tmp_path / "empty", masks=[0])
+@pytest.mark.parametrize("kind", ["image", "NIfTI volume"])
+def test_the_check_names_every_damaged_file(kind, tmp_path, capsys):
+    """It goes on after one, counts them, and says so when no training mask holds foreground."""
+    root, sheet = folder(tmp_path / "own", masks=[0]), tmp_path / "sheet.png"
+    if kind != "image":
+        root = tmp_path / "scans"
+        volumes(root, *BOTH, [(f"{i}.nii.gz",) * 2 for i in range(10)], k=1)
+    for case in find(str(root)).splits["train"][:2]:
+        case.image.write_bytes(case.name.encode())
     assert check(root, "--out", sheet) == 1
-    assert "no training mask holds any foreground" in capsys.readouterr().out
-    assert not SegmentationData(find(str(root)), "train", 16).has_foreground()
+    printed = capsys.readouterr().out
+    assert printed.count(f"not a readable {kind}") == 2 and "odd: 4" in printed
+    assert "no mask of the train part holds any foreground" in printed

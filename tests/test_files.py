@@ -1,5 +1,6 @@
 """Files of every kind: read right, or refused in one line. Images, masks, volumes."""
 
+import contextlib
 import gzip
 import struct
 
@@ -31,32 +32,31 @@ def test_images_of_every_kind(name, tmp_path):
 
 
 @pytest.mark.parametrize("name, kind, odd, grey", [
-    ("x.png", np.uint16, 65535, 255), ("x.tif", np.uint16, 0, 0), ("x.tif", np.float32, np.nan, 0),
+    ("x.png", np.uint16, 65535, 255), ("x.tif", np.float32, np.nan, 0),
     ("x.tif", np.float32, np.inf, 255), ("x.tif", np.float32, -np.inf, 0),
 ])  # fmt: skip
 def test_a_mark_does_not_change_the_rest_of_a_deep_image(name, kind, odd, grey, tmp_path):
     """12-bit values fill the grey range, with a burnt-in mark or values that are not finite too."""
-    values = np.linspace(2000, 4095, 10_000).reshape(100, 100).astype(kind)
-    Image.fromarray(values).save(tmp_path / name)
-    clean = read_image(tmp_path / name).astype(int)
-    values[:, 40:44] = odd
-    Image.fromarray(values).save(tmp_path / name)
-    marked = read_image(tmp_path / name).astype(int)
+    values, images = np.linspace(2000, 4095, 10_000).reshape(100, 100).astype(kind), []
+    for value in (values[:, 40:44], odd):
+        values[:, 40:44] = value
+        Image.fromarray(values).save(tmp_path / name)
+        images.append(read_image(tmp_path / name).astype(int))
+    clean, marked = images
     assert clean.min() == 0 and clean.max() == 255 and (marked[:, 40:44] == grey).all()
     assert np.abs(clean - marked)[:, 44:].max() <= 1
 
 
 def test_exif_turns_upright_and_one_sided_exif_is_said(tmp_path):
     """EXIF turns images and masks upright; where it turns one of them only, a remark says so."""
-    paths = {}
-    for orientation in (1, 3, 6):  # upright, upside down, a quarter turn
-        exif, path = Image.Exif(), tmp_path / f"{orientation}.jpg"
+    for orientation in (1, 6):
+        exif = Image.Exif()
         exif[0x0112] = orientation
-        Image.fromarray(NOISE).save(path, exif=exif)
-        paths[orientation] = path
-    assert read_image(paths[1]).shape == (20, 30, 3) and read_image(paths[6]).shape == (30, 20, 3)
-    assert compare_exif(paths[6], paths[6]) is None
-    assert "3 in the image, 1 in its mask" in compare_exif(paths[3], paths[1])
+        Image.fromarray(NOISE).save(tmp_path / f"{orientation}.jpg", exif=exif)
+    upright, turned = tmp_path / "1.jpg", tmp_path / "6.jpg"
+    assert read_image(upright).shape == (20, 30, 3) and read_image(turned).shape == (30, 20, 3)
+    assert compare_exif(turned, turned) is None
+    assert "6 in the image, 1 in its mask" in compare_exif(turned, upright)
 
 
 def test_the_first_of_several_frames_is_used(tmp_path, capsys):
@@ -79,7 +79,6 @@ BAD_IMAGES = {  # name: how to make it, the words of the refusal
     "empty.png": (lambda p: p.touch(), "empty file"),
     "postscript.png": (lambda p: p.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n"), "cannot identify"),
     "NaN.tif": (lambda p: Image.fromarray(NOISE[..., 0] * np.float32(np.nan)).save(p), "is finite"),
-    "folder.png": (lambda p: p.mkdir(), "directory"),
     "missing.png": (lambda p: None, "No such file"),
     "scan.nrrd": (lambda p: p.write_bytes(b"NRRD0004"), "dcm2niix"),
     "IM0001": (lambda p: p.write_bytes(bytes(128) + b"DICM" + bytes(9)), "dcm2niix"),
@@ -106,8 +105,8 @@ VOC = [0, 0, 0, 128, 0, 0, 0, 128, 0, 128, 128, 0]  # the palette of PASCAL VOC 
 
 def grey(i, one=255, two=0):
     """Class ids -> an image: 1 and 2 become these greys, 0 is black."""
-    ids = IDS[i] if two else DISC[i]
-    return Image.fromarray(np.array([0, one, two], np.uint8)[ids.astype(np.uint8)])
+    ids = IDS[i] if two else DISC[i].astype(int)
+    return Image.fromarray(np.array([0, one, two], np.uint8)[ids])
 
 
 def coloured(i, colour):
@@ -127,10 +126,16 @@ def indexed(ids, palette):
     return image
 
 
-def bordered(i, ids):
+def bordered(i):
     """Class ids with a border of 255 around them, as VOC marks what is not to be scored."""
-    wide = np.asarray(Image.fromarray(ids[i] > 0).convert("L").filter(ImageFilter.MaxFilter(5)))
-    return np.where((wide > 0) & (ids[i] == 0), 255, ids[i]).astype(np.uint8)
+    wide = np.asarray(Image.fromarray(IDS[i] > 0).convert("L").filter(ImageFilter.MaxFilter(5)))
+    return np.where((wide > 0) & (IDS[i] == 0), 255, IDS[i])
+
+
+def rimmed(i):
+    """White with a rim of 128, one pixel wide: no edge is so even."""
+    wide = np.asarray(grey(i).filter(ImageFilter.MaxFilter(3)))
+    return Image.fromarray(np.where(DISC[i], 255, wide // 2 + wide % 2).astype(np.uint8))
 
 
 RIGHT = {  # what, ending: how to make mask i, its class ids
@@ -144,15 +149,13 @@ RIGHT = {  # what, ending: how to make mask i, its class ids
     "smooth edges.png": (lambda i: grey(i).filter(ImageFilter.GaussianBlur(0.7)), DISC),
     "0, 1 or 255.png": (lambda i: grey(i, 1 if i == 2 else 255), DISC),
     "grey.jpg": (grey, DISC),
-    "grey in RGB.jpg": (lambda i: coloured(i, (255, 255, 255)), DISC),
-    "black cut out.png": (lambda i: cutout(i, (0, 0, 0)), DISC),
+    "0 and 65535.png": (lambda i: Image.fromarray(DISC[i].astype(np.uint16) * 65535), DISC),
+    "grey cut out.png": (lambda i: cutout(i, (128, 128, 128)), DISC),
     "white cut out.png": (lambda i: cutout(i, (255, 255, 255), "LA"), DISC),
     "red cut out.png": (lambda i: cutout(i, (255, 0, 0)), DISC),
-    "id 1 cut out.png": (lambda i: cutout(i, (1, 1, 1)), DISC),
     "alpha unused.png": (lambda i: Image.merge("LA", (grey(i), grey(i).point(lambda v: 0))), DISC),
     "VOC palette.png": (lambda i: indexed(IDS[i], VOC), IDS),
     "white first.png": (lambda i: indexed(~DISC[i], [255] * 3 + [0] * 3), DISC),
-    "grey palette.png": (lambda i: grey(i, 1, 2).convert("P"), IDS),
 }
 
 
@@ -179,28 +182,22 @@ def test_masks_that_are_read_right(what, tmp_path):
         assert (ids != truth[int(name)]).sum() <= (30 if "smooth" in what else 0)
 
 
-THREE = "black and white, with greys at the edges only"
 REFUSED = {  # what, ending: how to make mask i, the words of the refusal
     "red.png": (lambda i: coloured(i, (255, 0, 0)), "a mask in colours"),
     "green.jpg": (lambda i: coloured(i, (0, 255, 0)), "a mask in colours"),
-    "nearly black.png": (lambda i: coloured(i, (0, 0, 1)), "a mask in colours"),
-    "0 and 1.jpg": (lambda i: grey(i, 1), THREE),
-    "0 and 1.webp": (lambda i: grey(i, 1), THREE),
-    "0 and 200.jpg": (lambda i: grey(i, 200), THREE),
-    "0, 128 and 255.jpg": (lambda i: grey(i, 128, 255), THREE),
-    "0, 200 and 255.jpg": (lambda i: grey(i, 200, 255), THREE),
-    "0 and 100.png": (lambda i: grey(i, 100), "mask values 0, 100"),
+    "0 and 1.jpg": (lambda i: grey(i, 1), "black and white, with greys at the edges only"),
+    "0, 128 and 255.jpg": (lambda i: grey(i, 128, 255), "black and white, with greys"),
     "0, 128 and 255.png": (lambda i: grey(i, 128, 255), "mask values 0, 128, 255"),
-    "0, 1 and void.png": (lambda i: Image.fromarray(bordered(i, DISC)), "mask values 0, 1, 255"),
-    "VOC and void.png": (lambda i: indexed(bordered(i, IDS), VOC + [9] * 756), "0, 1, 2, 255"),
+    "VOC and void.png": (lambda i: indexed(bordered(i), VOC + [9] * 756), "0, 1, 2, 255"),
     "ids with a gap.png": (lambda i: grey(i, 1, 3), "no training mask holds class id 2"),
-    "16 bits.png": (lambda i: Image.fromarray(DISC[i].astype(np.uint16) * 65535), "0, 65535"),
+    "void of one pixel.png": (rimmed, "mask values 0, 128, 255"),
     "0.7.tif": (lambda i: Image.fromarray(DISC[i] * np.float32(0.7)), "whole numbers"),
     "red is index 0.png": (lambda i: indexed(~DISC[i], [255, 0, 0] + [0] * 3), "must be black"),
     "black is also index 2.png": (lambda i: indexed(IDS[i], VOC[:6] + [0] * 3), "must be black"),
     "two palettes.png": (lambda i: indexed(IDS[i], VOC if i else VOC[:3] + VOC[6:9] + VOC[3:6]),
                          "use one palette"),
-    "grey cut out.png": (lambda i: cutout(i, (128, 128, 128)), "mask values 0, 128"),
+    "black cut out.png": (lambda i: cutout(i, (0, 0, 0)), "a dark shape on transparency"),
+    "255 among class ids.png": (lambda i: grey(i, 1, 2 if i else 255), "mask values 0, 1, 255"),
     "another size.png": (lambda i: grey(i).resize((48, 48)), "a mask of .48, 48., but"),
 }  # fmt: skip
 
@@ -217,12 +214,12 @@ def test_masks_that_do_not_say_what_they_mean_are_refused(what, tmp_path):
 
 def test_real_masks_pass_as_jpeg(real_data, tmp_path):
     """Real polyp outlines saved as JPEG, at full and at half size, are black and white."""
-    path = tmp_path / "mask.jpg"
+    path, spec = tmp_path / "mask.jpg", DatasetSpec("binary", {})
     for file in sorted((real_data / "CVC-ClinicDB/masks").iterdir())[::25]:
         for quality, size in ((50, (192, 144)), (75, (384, 288)), (95, (192, 144))):
             mask = Image.open(file).resize(size)
             mask.save(path, quality=quality)
-            ids = class_ids(read_mask(path), DatasetSpec("binary", {}), path)
+            ids = class_ids(read_mask(path), spec, path)
             assert ((ids > 0) != (np.asarray(mask) > 127)).mean() < 0.005
 
 
@@ -256,23 +253,20 @@ def test_a_volume_comes_back_where_it_was(codes, tmp_path):
 
 
 def test_odd_volumes(tmp_path):
-    """NaN and infinity become finite; one slice, a last axis of 1, no affine, a slope, and endings
-    that lie about compression: they are read.
-    """
+    """NaN, infinity, a last axis of 1, no affine, a slope, an ending that lies: they are read."""
     values = np.array([1, np.nan, np.inf, -np.inf, 5, 2], np.float32).reshape(1, 2, 3)
     got, _ = read_volume(save_volume(tmp_path / "a.nii", values))
     assert sorted(got.ravel()) == [1, 1, 1, 2, 5, 5]
     got, geometry = read_volume(save_volume(tmp_path / "b.nii", np.zeros((4, 5, 1, 1), np.int16)))
     assert got.shape == (4, 5, 1) and geometry.shape == (4, 5, 1, 1)
-    image = nib.Nifti1Image(np.arange(120).reshape(4, 5, 6).astype(np.int16), None)
+    image = nib.Nifti1Image(np.arange(120, dtype=np.int16).reshape(4, 5, 6), None)
     image.header.set_slope_inter(2, -5)
-    path = tmp_path / "c.nii"
-    nib.save(image, path)
-    assert np.array_equal(np.unique(read_volume(path)[0]), np.arange(120) * 2 - 5)
-    (tmp_path / "d.nii").write_bytes(gzip.compress(path.read_bytes()))
-    (tmp_path / "e.nii.gz").write_bytes(path.read_bytes())
-    assert read_volume(tmp_path / "d.nii")[0].shape == (4, 5, 6)
-    assert read_volume(tmp_path / "e.nii.gz")[0].shape == (4, 5, 6)
+    nib.save(image, tmp_path / "c.nii")
+    content = (tmp_path / "c.nii").read_bytes()
+    (tmp_path / "d.nii").write_bytes(gzip.compress(content))
+    (tmp_path / "e.nii.gz").write_bytes(content)
+    for name in ("c.nii", "d.nii", "e.nii.gz"):
+        assert np.array_equal(np.unique(read_volume(tmp_path / name)[0]), np.arange(120) * 2 - 5)
 
 
 def test_labels_of_a_volume(tmp_path):
@@ -301,6 +295,9 @@ BAD_VOLUMES = {  # the words of the refusal: how to make it
     "give numbers": lambda p: save_volume(p, np.zeros((4, 4, 4), [(c, "u1") for c in "RGB"])),
     "no value is finite": lambda p: save_volume(p, np.full((4, 4, 4), np.nan, np.float32)),
     "empty file": lambda p: p.touch(),
+    "Compressed file ended": lambda p: p.write_bytes(
+        save_volume(p, np.arange(64, dtype=np.int16).reshape(4, 4, 4)).read_bytes()[:-8]
+    ),
 }
 
 
@@ -316,20 +313,14 @@ def test_bad_volumes_are_refused_in_one_line(words, tmp_path, capfd):
 
 
 def test_a_damaged_gzip_is_noticed(tmp_path):
-    """Any bit changed, or the end cut off: refused, or the voxels are right all the same."""
+    """A bit changed anywhere: refused, or the voxels are right all the same."""
     values = np.random.default_rng(0).integers(0, 9, (9, 8, 7)).astype(np.int16)
     path = save_volume(tmp_path / "v.nii.gz", values)
-    content, right, refused = path.read_bytes(), read_volume(path)[0], 0
-    path.write_bytes(content[:-8])
-    with pytest.raises(UserError, match="Compressed file ended"):
-        read_volume(path)
-    for place in np.linspace(10, len(content) - 1, 40).astype(int):
+    content, right = path.read_bytes(), read_volume(path)[0]
+    for place in range(10, len(content), 20):
         path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
-        try:
+        with contextlib.suppress(UserError):
             assert np.array_equal(read_volume(path)[0], right)
-        except UserError:
-            refused += 1
-    assert refused > 34
 
 
 def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path):
@@ -341,8 +332,7 @@ def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path):
 
 @pytest.mark.parametrize("x, spacing, angle, remark", [
     (0.1, 1.5, 0, None), (0.3, 1.5, 0, "origin (0.3, 0, 0) mm, spacing (1.5, 1.5, 4) mm"),
-    (0, 1.52, 0, None), (0, 2, 0, "spacing (2, 1.5, 4) mm, its image"),
-    (0, 1.5, 0.3, "voxel by voxel"),
+    (0, 2, 0, "spacing (2, 1.5, 4) mm, its image"), (0, 1.5, 0.3, "voxel by voxel"),
 ])  # fmt: skip
 def test_a_mask_in_another_grid_is_said(x, spacing, angle, remark, tmp_path):
     """Origin, spacing or direction that differ by a tenth of a voxel: a remark with both."""
@@ -357,14 +347,13 @@ def test_a_mask_in_another_grid_is_said(x, spacing, angle, remark, tmp_path):
 
 def test_a_mask_in_another_orientation_is_placed_by_its_affine(tmp_path):
     """Stored in another orientation, it is turned; without the image's affine it is refused."""
-    voxels = nib.Nifti1Image(np.arange(60, dtype=np.uint8).reshape(3, 4, 5) % 2,
-                             OBLIQUE @ np.diag([-1, 1, 1, 1]))  # fmt: skip
+    path, affine = tmp_path / "v.nii", OBLIQUE @ np.diag([-1, 1, 1, 1])
+    voxels = nib.Nifti1Image(np.arange(60, dtype=np.uint8).reshape(3, 4, 5) % 2, affine)
     other = voxels.as_reoriented(nib.orientations.axcodes2ornt("PIR"))
-    lost = nib.Nifti1Image(np.asarray(voxels.dataobj), np.eye(4))
-    for name, image in (("image", voxels), ("other", other), ("lost", lost)):
-        nib.save(image, tmp_path / f"{name}.nii")
+    nib.save(voxels, path), nib.save(other, tmp_path / "other.nii")
+    save_volume(tmp_path / "lost.nii", np.asarray(voxels.dataobj), np.eye(4))
     spec = DatasetSpec("volumes", {}, label_format="ids", volumes=True)
-    image, ids = load_case(Case("a", tmp_path / "image.nii", tmp_path / "other.nii"), spec)
+    image, ids = load_case(Case("a", path, tmp_path / "other.nii"), spec)
     assert np.array_equal(image[..., 0] > 127, ids > 0)
     with pytest.raises(UserError, match="lost.nii: lies elsewhere in space"):
-        load_case(Case("a", tmp_path / "image.nii", tmp_path / "lost.nii"), spec)
+        load_case(Case("a", path, tmp_path / "lost.nii"), spec)

@@ -14,53 +14,30 @@ from support.metrics import (
     bootstrap_interval,
     count_components,
     dice,
-    dice_from_counts,
     hd95,
     iou_from_counts,
     latent_std,
-    mean_dice,
     pixel_counts,
 )
 from tools.stability import load_lpips, ms_ssim, psnr, ssim
 
-TRUTH = np.array([[0, 0, 1, 1], [0, 2, 1, 1], [2, 2, 0, 0]])
-GUESS = np.array([[0, 0, 0, 1], [2, 2, 1, 1], [2, 0, 0, 1]])
-EMPTY, FULL = np.zeros((2, 3, 4), np.uint8), np.ones((2, 3, 4), np.uint8)
-
-
 # ---- Dice and IoU ----
 
 
-@pytest.mark.parametrize(
-    "guess, truth, dice_by_hand, iou_by_hand",
-    [
-        (GUESS, TRUTH, [6 / 8, 4 / 6], [3 / 5, 2 / 4]),
-        (torch.from_numpy(GUESS), torch.from_numpy(TRUTH), [6 / 8, 4 / 6], [3 / 5, 2 / 4]),
-        (EMPTY, EMPTY, [1, 1], [1, 1]),
-        (EMPTY, FULL, [0, 1], [0, 1]),
-        (FULL, EMPTY, [0, 1], [0, 1]),
-    ],
-)
-def test_dice_and_iou_by_hand(guess, truth, dice_by_hand, iou_by_hand):
-    """Class 1 shares 3 of 4 and 4 pixels, class 2 shares 2 of 3 and 3; numpy and torch agree. Two
-    empty masks score 1; one empty mask scores 0, whichever of the two it is.
-    """
-    np.testing.assert_array_equal(dice(guess, truth, 3), dice_by_hand)
-    np.testing.assert_array_equal(iou_from_counts(pixel_counts(guess, truth, 3)), iou_by_hand)
-
-
-def test_counts_of_slices_add_up():
-    """A volume can be scored slice by slice: the summed counts give the volume's Dice exactly."""
-    a, b = np.random.default_rng(1).integers(0, 3, (2, 6, 8, 9))
-    total = sum(pixel_counts(p, t, 3) for p, t in zip(a, b))
-    np.testing.assert_array_equal(dice_from_counts(total), dice(a, b, 3))
-
-
-def test_mean_dice_leaves_out_classes_that_no_truth_holds():
-    """Class 1: Dice 6/8, and 1 where both masks are empty. Class 2 is never true: left out."""
-    counts = np.array([[[3, 4, 4], [0, 0, 0]], [[0, 0, 0], [0, 5, 0]]])
-    assert mean_dice(counts) == (6 / 8 + 1) / 2
-    assert np.isnan(mean_dice(counts[:, 1:]))
+def test_dice_and_iou_by_hand():
+    """Numpy and torch agree; two empty masks score 1, one empty mask scores 0."""
+    some = np.array([[0, 0, 1, 1], [0, 2, 1, 1], [2, 2, 0, 0]])
+    others = np.array([[0, 0, 0, 1], [2, 2, 1, 1], [2, 0, 0, 1]])
+    empty, full = np.zeros((2, 3, 4), np.uint8), np.ones((2, 3, 4), np.uint8)
+    for guess, truth, dice_by_hand, iou_by_hand in (
+        (others, some, [6 / 8, 4 / 6], [3 / 5, 2 / 4]),  # classes 1 and 2 share 3 and 2 pixels
+        (empty, empty, [1, 1], [1, 1]),
+        (empty, full, [0, 1], [0, 1]),
+        (full, empty, [0, 1], [0, 1]),
+    ):
+        for a, b in ((guess, truth), (torch.from_numpy(guess), torch.from_numpy(truth))):
+            np.testing.assert_array_equal(dice(a, b, 3), dice_by_hand)
+            np.testing.assert_array_equal(iou_from_counts(pixel_counts(a, b, 3)), iou_by_hand)
 
 
 # ---- distances and components ----
@@ -90,9 +67,7 @@ def test_components_by_hand():
 
 @pytest.mark.parametrize("seed", range(40))
 def test_distances_and_components_equal_scipy(seed):
-    """HD95 by MONAI's steps: erosion, distance transform, percentile, maximum. Components by an
-    independent labelling with 8 or 26 neighbours.
-    """
+    """HD95 by MONAI's steps; components by an independent labelling with all neighbours."""
     reason = "SciPy is not installed; the tests by hand need nothing"
     ndimage = pytest.importorskip("scipy.ndimage", reason=reason)
     rng, ndim = np.random.default_rng(seed), 2 + seed % 2
@@ -111,26 +86,22 @@ def test_distances_and_components_equal_scipy(seed):
 
 
 def test_benchmark_dice():
-    """Two pixels by hand: the lowest of 256 thresholds marks both, the others the true one. And
-    the histogram gives what 256 passes over an image give.
-    """
+    """Two pixels by hand; and the histogram gives what 256 passes over an image give."""
     scores, truth = np.array([[0.2, 0.7]]), np.array([[0, 1]])
+    # The lowest threshold marks both pixels, the 255 others the true one
     assert benchmark_dice(scores, truth) == pytest.approx((2 / 3 + 255) / 256)
     assert benchmark_dice(scores, 1 - truth) == pytest.approx((2 / 3 + 0) / 256)
     assert benchmark_dice(scores, 0 * truth) == 0
     assert benchmark_dice(0 * scores, truth) == pytest.approx(2 / 3 / 256)
     rng = np.random.default_rng(0)
-    truth = rng.random((20, 30)) < 0.3
-    scores = 0.3 + 0.4 * rng.random((20, 30)) + 0.1 * truth
+    scores, truth = rng.random((20, 30)), rng.random((20, 30)) < 0.3
     levels = np.round(255 * (scores - scores.min()) / np.ptp(scores))
     expected = np.mean([dice(levels >= i, truth) for i in range(256)])
     assert benchmark_dice(scores, truth) == pytest.approx(expected)
 
 
 def test_bootstrap_resamples_groups():
-    """50 equal cases in a group are worth one: the interval is that of the groups' values. By hand:
-    groups of 1 and 3 cases have the means 1, 1/4 and 0; one group has no interval.
-    """
+    """50 equal cases in a group are worth one: the interval is that of the groups' values."""
     values = np.random.default_rng(0).normal(size=40)
     theory = 2 * 1.96 * values.std() / 40**0.5
     for copies in (1, 50):
@@ -138,6 +109,7 @@ def test_bootstrap_resamples_groups():
         assert np.ptp(grouped) == pytest.approx(theory, rel=0.1)
         alone = bootstrap_interval(values.repeat(copies), np.arange(40 * copies))
         assert np.ptp(alone) == pytest.approx(theory / copies**0.5, rel=0.1)
+    # Drawn groups of 1 and 3 cases have the means 1, 1/4 and 0; one group has no interval
     assert bootstrap_interval([1.0, 0, 0, 0], ["a", "b", "b", "b"]) == (0, 1)
     assert bootstrap_interval([1.0, 0.5], ["a", "a"]) == (None, None)
 
@@ -153,48 +125,34 @@ def images(h, w):
     return [torch.from_numpy(image)[None, None] for image in (a, b)]
 
 
-def test_reference_values():
-    """The numbers that scikit-image 0.26 (SSIM, PSNR) and pytorch-msssim 1.0 give for `images`.
-
-    The latter keeps its window in float32.
-    """
+def test_psnr_ssim_and_ms_ssim():
+    """They give other programs' numbers, 1 for equal images, and score a batch image by image."""
     a, b = images(192, 208)
+    # scikit-image 0.26 (SSIM, PSNR), pytorch-msssim 1.0, which keeps its window in float32
     assert ssim(a, b).item() == pytest.approx(0.6026288303054216, abs=1e-12)
     assert psnr(a, b).item() == pytest.approx(23.22687585618492, abs=1e-9)
     assert ms_ssim(a, b).item() == pytest.approx(0.968353866, abs=1e-5)
-
-
-def test_image_identities():
-    """An image equals itself; the order does not matter; a batch is scored image by image. Under
-    22 pixels one scale is left, which is SSIM; no scale fits under 11.
-    """
-    a, b = images(40, 35)
     assert psnr(a, a).item() == float("inf")
-    assert psnr(a, a + 0.1).item() == pytest.approx(20)
-    both_a, both_b = torch.cat([a, b]), torch.cat([b, b])
     for score in (ssim, ms_ssim):
         assert score(a, a).item() == pytest.approx(1, abs=1e-12)
-        torch.testing.assert_close(score(a, b), score(b, a))
-        torch.testing.assert_close(score(both_a, both_b), torch.cat([score(a, b), score(b, b)]))
+        both = score(torch.cat([a, b]), torch.cat([b, b]))
+        torch.testing.assert_close(both, torch.cat([score(a, b), score(b, b)]))
+    # Under 22 pixels one scale is left, which is SSIM; no scale fits under 11
     torch.testing.assert_close(ms_ssim(*images(21, 30)), ssim(*images(21, 30)))
     with pytest.raises(UserError, match="11 x 11"):
         ms_ssim(*images(10, 30))
 
 
 def test_lpips(monkeypatch, capsys):
-    """LPIPS sees three channels in [-1, 1], and an image's channels are averaged. Without the
-    package a line says that its rows are missing.
-    """
+    """It sees three channels in [-1, 1]; without the package a line says that it is missing."""
 
-    class Network(torch.nn.Module):
-        def __init__(self, net, verbose):
-            super().__init__()
+    def distance(a, b):
+        assert a.shape[1:] == (3, 16, 16) and a.min() == -1 and b.max() == 1
+        return (a - b).abs().mean((1, 2, 3), keepdim=True)
 
-        def forward(self, a, b):
-            assert a.shape[1:] == (3, 16, 16) and a.min() == -1 and b.max() == 1
-            return (a - b).abs().mean((1, 2, 3), keepdim=True)
-
-    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=Network))
+    network = torch.nn.Identity()
+    network.forward = distance
+    monkeypatch.setitem(sys.modules, "lpips", types.SimpleNamespace(LPIPS=lambda **_: network))
     a, b = torch.zeros(2, 2, 16, 16), torch.zeros(2, 2, 16, 16)
     b[1, 0] = 1
     assert load_lpips("cpu")(a, b).tolist() == [0, 1]

@@ -35,13 +35,6 @@ def latents(n=2):
     return torch.randn(n, 4, 4, 4)
 
 
-def perfect_output(model, z_0, t, noise):
-    """What a network would predict that knows z_0 and the noise."""
-    a = model.alpha_bar(t)
-    v = a.sqrt() * noise - (1 - a).sqrt() * z_0
-    return {"eps": noise, "x0": z_0, "v": v}[model.config.prediction]
-
-
 def seed(n):
     return torch.Generator().manual_seed(n)
 
@@ -70,38 +63,35 @@ def test_a_perfect_network_gives_z0_and_the_noise(prediction, zero_terminal_snr)
     """Eq. 2 undoes Eq. 1 whatever is predicted, and the noise comes back as well."""
     model = tiny(prediction=prediction, zero_terminal_snr=zero_terminal_snr)
     z_0, noise, t = latents(5), latents(5), torch.tensor([0, 9, 500, 900, T - 1])
-    z_t, out = model.q_sample(z_0, t, noise), perfect_output(model, z_0, t, noise)
+    z_t, a = model.q_sample(z_0, t, noise), model.alpha_bar(t)
+    v = a.sqrt() * noise - (1 - a).sqrt() * z_0
+    out = {"eps": noise, "x0": z_0, "v": v}[prediction]
     torch.testing.assert_close(model.predict_z0(z_t, t, out), z_0, atol=1e-4, rtol=0)
     torch.testing.assert_close(model.predict_noise(z_t, t, out), noise, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_latent_loss_is_the_noise_loss_reweighted(prediction):
-    """|z_0 estimate - z_0| = sqrt((1 - a) / a) |noise estimate - noise|, for eps, x0 and v alike:
-    the weight at t = T - 1 is 14.6 in the schedule of Stable Diffusion.
-    """
+    """|z_0 estimate - z_0| = sqrt((1 - a) / a) |noise estimate - noise|; 14.6 times at T - 1."""
     model, t = tiny(prediction=prediction), torch.tensor([20, T - 1])
     model.encode_image = lambda image: torch.zeros(2, 4, 4, 4)
     out = model(None, latents(), t, latents())
     a = model.alphas_cumprod[t].double()
     weight = ((1 - a) / a).sqrt()
-    assert weight[1].item() == pytest.approx(14.6, abs=0.05)
+    assert weight[1].item() == pytest.approx(14.6, abs=0.05)  # in Stable Diffusion's schedule
     torch.testing.assert_close(out.latent_loss.double(), weight * out.noise_loss, rtol=1e-3, atol=0)
 
 
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 def test_zero_terminal_snr_leaves_no_trace_of_the_mask(prediction):
-    """At t = T - 1, z_t is the noise itself, so L_noise is 0 there whatever the network says. "eps"
-    keeps its schedule, because Eq. 2 would divide by zero.
-    """
+    """At t = T - 1, z_t is the noise itself, so L_noise is 0 there whatever the network says."""
     model = tiny(prediction=prediction, zero_terminal_snr=True)
     z_0, noise, t = latents(), latents(), torch.tensor([T - 1, 500])
     losses = model(torch.rand(2, 3, 32, 32), z_0, t, noise)
     pure = torch.equal(model.q_sample(z_0, t, noise)[0], noise[0])
-    assert pure == (prediction != "eps") and (losses.noise_loss[0] == 0) == pure
+    assert pure == (prediction != "eps")  # it keeps its schedule: Eq. 2 would divide by zero
+    assert (losses.noise_loss[0] == 0) == pure
     assert losses.noise_loss[1] > 0 and losses.latent_loss.min() > 0
-    plain = tiny(prediction=prediction).alphas_cumprod
-    assert torch.equal(model.alphas_cumprod, plain) == (prediction == "eps")
 
 
 def test_eq2_is_float32_under_autocast():
@@ -136,9 +126,7 @@ def test_sampling_agrees_with_the_reference(schedule):
 
 @torch.no_grad()
 def test_single_step_is_ddim_with_one_step():
-    """One trailing DDIM step is Eq. 2 at t = T - 1, to the last bit; ten steps of a network that
-    knows z_0 arrive at z_0.
-    """
+    """One trailing step is Eq. 2 at t = T - 1; ten steps of a perfect network arrive at z_0."""
     model, z_t, z_c, t = tiny(prediction="eps"), latents(), latents(), torch.full((2,), T - 1)
     expected = model.predict_z0(z_t, t, model.predict(z_t, t, z_c))
     assert ddim_timesteps(1) == [T - 1] and len(ddim_timesteps(T)) == T
@@ -176,7 +164,6 @@ def test_class_colours_are_apart_and_decode(k):
     ids = torch.arange(k).repeat(2, 3, 1)
     prob = model.probabilities(model.labels_to_rgb(ids))
     assert torch.equal(model.class_ids(prob), ids.byte())
-    assert torch.equal(model.class_ids(prob[0]), ids[0].byte())
     if k > 2:
         torch.testing.assert_close(prob.sum(1), torch.ones(2, 3, k))
 
@@ -208,10 +195,8 @@ def test_a_saved_model_returns(tmp_path, half):
 def test_loading_is_strict_and_names_what_is_wrong(tmp_path):
     """A missing, an unexpected and a misshapen tensor are each named, in one line."""
     model = tiny()
-    tensors = model.state_dict()
+    tensors = {**model.state_dict(), "extra": torch.zeros(1), "unet.out.2.bias": torch.zeros(5)}
     del tensors["tau.out.bias"]
-    tensors["extra"] = torch.zeros(1)
-    tensors["unet.out.2.bias"] = torch.zeros(5)
     write_weights(tmp_path / "m.safetensors", tensors, model.config)
     with pytest.raises(UserError) as error:
         SDSeg.load(tmp_path / "m.safetensors")
@@ -223,19 +208,16 @@ def test_loading_is_strict_and_names_what_is_wrong(tmp_path):
 @pytest.mark.parametrize("changes", [
     dict(vae=replace(TINY.vae, ch_mult=())), dict(fusion="cross"), dict(split="half"),
     dict(version=2), dict(unet=replace(TINY.unet, num_heads=7)), dict(image_size=2**40),
-    dict(unet=replace(TINY.unet, in_channels=4)), dict(unet=replace(TINY.unet, num_res_blocks=99)),
-    dict(unet=replace(TINY.unet, model_channels=40)), dict(classes=("one",)),
+    dict(unet=replace(TINY.unet, num_res_blocks=99)), dict(classes=("one",)),
 ])  # fmt: skip
 def test_a_config_of_no_network_is_refused(changes, tmp_path):
     """A foreign file's config: one line, whatever network it would describe."""
     tensors, path = tiny().state_dict(), tmp_path / "m.safetensors"
-    write_weights(path, tensors, replace(TINY, **changes))
-    with pytest.raises(UserError, match="m.safetensors: "):
-        SDSeg.load(path)
     vae = {name: tensor for name, tensor in tensors.items() if name.startswith("vae.")}
-    write_weights(path, vae, replace(TINY, **changes))
-    with pytest.raises(UserError, match="m.safetensors: "):
-        from_pretrained(path)
+    for kept, load in ((tensors, SDSeg.load), (vae, from_pretrained)):
+        write_weights(path, kept, replace(TINY, **changes))
+        with pytest.raises(UserError, match="m.safetensors: "):
+            load(path)
 
 
 def test_training_can_start_from_an_autoencoder(tmp_path):
@@ -252,19 +234,19 @@ def test_training_can_start_from_an_autoencoder(tmp_path):
 
 def test_training_can_change_the_fusion(tmp_path):
     """Layers that fit keep their weights; z_c enters through zeros, or through new attention."""
-    model = tiny()
-    model.save(tmp_path / "m.safetensors")
-    cross = from_pretrained(tmp_path / "m.safetensors", fusion="cross")
+    model, path = tiny(), tmp_path / "m.safetensors"
+    model.save(path)
+    cross = from_pretrained(path, fusion="cross")
     assert cross.unet.config.in_channels == 4 and cross.unet.config.context_dim == 4
     assert torch.equal(cross.unet.out[2].weight, model.unet.out[2].weight)
-    first = model.unet.input_blocks[0][0].weight  # its first 4 channels see z_t
-    assert torch.equal(cross.unet.input_blocks[0][0].weight, first[:, :4])
-    cross.save(tmp_path / "cross.safetensors")
-    back = from_pretrained(tmp_path / "cross.safetensors", fusion="concat")
-    assert torch.equal(back.unet.input_blocks[0][0].weight, widen_conv_in(first[:, :4], 8))
-    tiny(unet=replace(TINY.unet, family="ldm")).save(tmp_path / "ldm.safetensors")
+    first = model.unet.input_blocks[0][0].weight[:, :4]  # these channels see z_t
+    assert torch.equal(cross.unet.input_blocks[0][0].weight, first)
+    cross.save(path)
+    back = from_pretrained(path, fusion="concat")
+    assert torch.equal(back.unet.input_blocks[0][0].weight, widen_conv_in(first, 8))
+    tiny(unet=replace(TINY.unet, family="ldm")).save(path)
     with pytest.raises(UserError, match="sd family"):  # it has no cross-attention
-        from_pretrained(tmp_path / "ldm.safetensors", fusion="cross")
+        from_pretrained(path, fusion="cross")
 
 
 # ---- precision and speed ----
@@ -272,9 +254,7 @@ def test_training_can_change_the_fusion(tmp_path):
 
 @pytest.mark.parametrize("fusion", ["concat", "cross"])
 def test_both_fusions_see_the_image_in_any_precision(fusion):
-    """z_c changes the mask, as channels or as tokens; bfloat16 hardly does. Three layers stay
-    float32.
-    """
+    """z_c changes the mask, as channels or as tokens; bfloat16 in most layers hardly does."""
     cross = {"unet": replace(TINY.unet, in_channels=4, context_dim=4)} if fusion == "cross" else {}
     model, image = tiny(fusion=fusion, **cross), torch.rand(2, 3, 32, 32) * 2 - 1
     exact, other = (model.segment(x, generator=seed(0)) for x in (image, -image))
@@ -311,12 +291,9 @@ def test_cuda_graphs_give_the_same_probabilities():
 
 def test_presets_are_the_published_sizes():
     """860 M and 294 M parameters in the U-Nets of the paper, and a nano model under 32 MB."""
-    sizes = {}
-    for name, config in PRESETS.items():
-        with torch.device("meta"):
-            model = SDSeg(config)
-        sizes[name] = sum(p.numel() for p in model.unet.parameters()) / 1e6
-        if name == "nano":
-            assert 2 * sum(p.numel() for p in model.parameters()) < 32e6
-    assert sizes["sd-v1"] == pytest.approx(859.5, abs=0.1)
-    assert sizes["ldm-kl-8"] == pytest.approx(294, abs=1)
+    with torch.device("meta"):
+        models = {name: SDSeg(config) for name, config in PRESETS.items()}
+    sizes = {name: sum(p.numel() for p in m.unet.parameters()) for name, m in models.items()}
+    assert sizes["sd-v1"] == pytest.approx(859.5e6, abs=1e5)
+    assert sizes["ldm-kl-8"] == pytest.approx(294e6, abs=1e6)
+    assert 2 * sum(p.numel() for p in models["nano"].parameters()) < 32e6

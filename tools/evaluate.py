@@ -22,7 +22,7 @@ from nibabel import io_orientation
 from nibabel.affines import voxel_sizes
 from PIL import Image, ImageDraw
 
-from data import find, load_case
+from data import find, load_case, print_remarks
 from infer import segment_images
 from sdseg import SDSeg
 from support import metrics
@@ -98,7 +98,8 @@ def cases_to_score(args, config, spec):
         print(f"the model was trained on {seen} of these {len(cases)} cases")
         return cases[: args.limit]
     if seen:
-        print(f"left out {seen} of {len(cases)} cases: the model was trained on them")
+        print(f"left out {seen} of {len(cases)} cases: the model, or the weights that it started "
+              "from, saw them in training")  # fmt: skip
     if not unseen:
         raise UserError(f"{args.model}: no case is left to score; choose another --part or --data")
     return unseen[: args.limit]
@@ -122,12 +123,12 @@ def old_training_hashes(data, split, root):
     return hashes
 
 
-def items_of(spec, cases):
+def items_of(spec, cases, remarks=None):
     """The images of the cases, or the slices of the volumes -> the case's number, the image
-    (H, W, 3) uint8 and its truth (H, W), class ids.
+    (H, W, 3) uint8 and its truth (H, W), class ids. See `load_case` for the remarks.
     """
     for number, case in enumerate(cases):
-        image, truth = load_case(case, spec)
+        image, truth = load_case(case, spec, remarks)
         for pair in zip(image, truth) if spec.volumes else [(image, truth)]:
             yield number, *pair
 
@@ -142,9 +143,9 @@ def slice_spacing(case):
 # ---- scores ----
 
 
-def segmented(model, spec, cases, args, steps, seeds):
+def segmented(model, spec, cases, args, steps, seeds, remarks):
     """Of each item yield the case's number, the truth and N probability tensors (C, H, W)."""
-    stream = items_of(spec, cases)
+    stream = items_of(spec, cases, remarks)
     while batch := list(itertools.islice(stream, args.batch_size)):
         numbers, images, truths = zip(*batch)
         runs = [segment_images(model, images, steps, args.samples, seed, args.spacing)
@@ -156,9 +157,9 @@ def score(model, spec, cases, args, steps, seeds, similarity=None):
     """Segment every case once per seed -> pixel counts (N, cases, K - 1, 3), and a list of what
     `case_details` says of each case in the first run.
     """
-    k, counts, details = len(spec.classes), [], []
+    k, counts, details, remarks = len(spec.classes), [], [], []
     progress = Progress(len(cases), "cases")
-    results = segmented(model, spec, cases, args, steps, seeds)
+    results = segmented(model, spec, cases, args, steps, seeds, remarks)
     for number, items in itertools.groupby(results, lambda result: result[0]):
         maps = []  # of each item the truth and the N predictions
         for _, truth, probs in items:
@@ -173,6 +174,7 @@ def score(model, spec, cases, args, steps, seeds, similarity=None):
         if k == 2 and not spec.volumes:
             details[-1]["benchmark_dice"] = metrics.benchmark_dice(probs[0][0].numpy(), truth)
         progress.step()
+    print_remarks(remarks)
     return np.stack(counts, 1), details
 
 
@@ -254,7 +256,7 @@ def gallery(model, spec, cases, dice, args):
     """
     order, middle = np.argsort(dice, kind="stable"), max(len(dice) // 2 - 2, 0)
     tiles = []
-    for number in [*order[:4], *order[middle : middle + 4]]:
+    for number in dict.fromkeys([*order[:4], *order[middle : middle + 4]]):
         items = items_of(spec, [cases[number]])
         _, image, truth = max(items, key=lambda item: np.count_nonzero(item[2]))
         prob = segment_images(model, [image], args.steps, args.samples, args.seed, args.spacing)[0]

@@ -35,7 +35,7 @@ def parse_args(argv=None):
     add("image", nargs="?", help="the image (default: one of the demo data set)")
     add("--mask", metavar="FILE", help="its true mask (default: what the model predicts)")
     add("--model", metavar="FILE", help="weights (default: weights/nano.safetensors, which ships)")
-    add("--out", default="docs/method.png", metavar="FILE", help="the PNG to write")
+    add("--out", default="outputs/method.png", metavar="FILE", help="the PNG to write")
     add("--seed", type=seed_int, default=0, help="of the noise, and of the demo image")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     return parser.parse_args(argv)
