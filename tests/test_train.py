@@ -312,6 +312,28 @@ def test_what_cannot_be_done_is_one_line(words, flags):
     assert settings("finished") == before
 
 
+def test_a_run_that_is_over_says_so():
+    """--resume with no step left would otherwise claim to have trained."""
+    with pytest.raises(UserError, match="is at step 6 already; give more --steps"):
+        train.main(train.parse_args(["--resume", "finished"]))
+
+
+@pytest.mark.parametrize("flag, augment", [("none", None), ("flip", "flip"), ("full", "full")])
+def test_the_flag_augment_reaches_the_data(flag, augment, monkeypatch):
+    """`none` means no augmentation: images and masks are those of the files."""
+
+    class Seen(Exception):
+        pass
+
+    def data(spec, part, size, augment, seed):
+        raise Seen(augment)
+
+    monkeypatch.setattr(train, "SegmentationData", data)
+    with pytest.raises(Seen) as seen:
+        train.main(train.parse_args(arguments("run", "--augment", flag)))
+    assert seen.value.args == (augment,)
+
+
 @pytest.mark.parametrize("words, flags", [
     ("--steps: 0 is not ", "--data demo --steps 0"), ("--lr: nan is not ", "--data demo --lr nan"),
     ("--seed: 99", f"--data demo --seed {'9' * 400}"), ("give --data or --resume", ""),
