@@ -169,6 +169,9 @@ def read_mask(path):
         values = np.asarray(image)
         white = values.max() == 65535 and set(np.unique(values)) <= {0, 65535}
         return Mask(whole_numbers(values // 257 if white else values, path), {}, lossy)
+    if image.mode == "P" and "transparency" in image.info:
+        if len(image.convert("RGB").getcolors()) < len(image.getcolors()):
+            image = image.convert("RGBA")  # only transparency tells these indices apart
     palette = palette_colours(image, path) if image.mode == "P" else {}
     if palette:
         return Mask(np.asarray(image), palette, lossy)

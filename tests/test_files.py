@@ -126,6 +126,13 @@ def indexed(ids, palette):
     return image
 
 
+def cut_out_by_index(i):
+    """Two indices, both white, of which the first is transparent."""
+    image = indexed(DISC[i], [255] * 6)
+    image.info["transparency"] = 0
+    return image
+
+
 def bordered(i):
     """Class ids with a border of 255 around them, as VOC marks what is not to be scored."""
     wide = np.asarray(Image.fromarray(IDS[i] > 0).convert("L").filter(ImageFilter.MaxFilter(5)))
@@ -155,6 +162,7 @@ RIGHT = {  # what, ending: how to make mask i, its class ids
     "red cut out.png": (lambda i: cutout(i, (255, 0, 0)), DISC),
     "alpha unused.png": (lambda i: Image.merge("LA", (grey(i), grey(i).point(lambda v: 0))), DISC),
     "VOC palette.png": (lambda i: indexed(IDS[i], VOC), IDS),
+    "white cut out, indexed.png": (cut_out_by_index, DISC),
     "white first.png": (lambda i: indexed(~DISC[i], [255] * 3 + [0] * 3), DISC),
 }
 
