@@ -182,16 +182,19 @@ def main(args):
             done += segment_files(model, batch, args, pool)
             progress.step(len(batch))
 
-    # 3. Sum up
-    if done:
-        print_line(f"{done} of {len(jobs)} files segmented; the results are in {args.out}")
-    if done and rank == 0 and not model.config.data:
-        print_line("infer.py: these weights were never trained to segment, so the masks mean "
-                   "nothing; train.py trains them", sys.stderr)  # fmt: skip
-    if dist.is_torchelastic_launched():  # it stops all processes when one exits with an error
+    # 3. Sum up over the processes; each waits for the last, because torchrun stops all of them
+    #    when one exits with an error
+    counts = torch.tensor([done, len(jobs)])
+    if dist.is_torchelastic_launched():
         dist.init_process_group("gloo", timeout=datetime.timedelta(weeks=4))
-        dist.barrier()
-    if done == len(jobs):
+        dist.all_reduce(counts)
+    done, total = counts.tolist()
+    if done and rank == 0:
+        print_line(f"{done} of {total} files segmented; the results are in {args.out}")
+        if not model.config.data:
+            print_line("infer.py: these weights were never trained to segment, so the masks mean "
+                       "nothing; train.py trains them", sys.stderr)  # fmt: skip
+    if done == total:
         return 0
     return 1 if done else 2
 
