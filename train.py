@@ -94,10 +94,8 @@ def main(args):
     size, augment = model.config.image_size, None if args.augment == "none" else args.augment
     train_set = SegmentationData(spec, "train", size, augment, args.seed)
     val_set = SegmentationData(spec, "val", size)
-    for data, part in ((train_set, "train"), (val_set, "val")):
-        if not data.has_foreground():
-            raise UserError(f"{spec.name}: no mask of the {part} part holds any foreground; "
-                            "split.json can choose the parts")  # fmt: skip
+    if not train_set.has_foreground():
+        raise UserError(f"{spec.name}: no mask of the train part holds any foreground")
     # channels_last only when compiled: otherwise each group norm on a GPU copies its input
     model.to(device=device, memory_format=torch.channels_last if args.compile else None)
     model.config = replace(model.config, mask_scale=1 / latent_std(model, train_set))
@@ -166,8 +164,8 @@ def main(args):
                 score = validate(ema, val_set)
             write_image(folder / f"samples/{done:06d}.png", sample_strip(ema, val_set))
             log.write(step=done, val_dice=score)
-            print0(f"step {done}  validation Dice {score:.4f}{'  best' if score > best else ''}")
-            if score > best:
+            print0(f"step {done}  {in_words(score)}{'  best' if score > best else ''}")
+            if not score <= best:  # better; or undefined, then the last model is kept
                 best = score
                 ema.save(folder / "model.safetensors")
         if rank == 0 and (due or stopping):
@@ -176,7 +174,7 @@ def main(args):
         if stopping:
             print0(f"saved at step {done}; to go on: python train.py --resume {folder}")
             return 128 + stop[0]  # the exit status that a shell gives for a signal
-    print0(f"done: {folder / 'model.safetensors'}, validation Dice {best:.4f}")
+    print0(f"done: {folder / 'model.safetensors'}, {in_words(best)}")
 
 
 # ---- the optimisation ----
@@ -221,6 +219,11 @@ def validate(model, data, batch_size=16):
             counts[data.cases[j]] = counts.get(data.cases[j], 0) + pixels
         progress.step(len(indices))
     return mean_dice(np.stack(list(counts.values())))
+
+
+def in_words(score):
+    """nan means that no validation mask holds foreground, -1 that nothing is validated yet."""
+    return f"validation Dice {score:.4f}" if score >= 0 else "validation Dice -"
 
 
 @torch.no_grad()
@@ -315,10 +318,7 @@ def resume(folder, train_set, state, steps):
         raise UserError(f"{folder}: the data set, or how it is read, has changed since this run")
     if values["step"] >= steps:
         raise UserError(f"{folder}: is at step {values['step']} already; give more --steps")
-    validated = (
-        f"best validation Dice {values['best']:.4f}" if values["best"] >= 0 else "not validated"
-    )
-    print0(f"resumed at step {values['step']}, {validated}")
+    print0(f"resumed at step {values['step']}, best {in_words(values['best'])}")
     return values["step"], values["best"]
 
 

@@ -318,6 +318,14 @@ def test_a_run_that_is_over_says_so():
         train.main(train.parse_args(["--resume", "finished"]))
 
 
+def test_validation_without_foreground_is_not_a_score(monkeypatch, capsys):
+    """Its Dice is `-`, neither 0 nor 1, and the last model is kept."""
+    monkeypatch.setattr(train, "validate", lambda model, data: float("nan"))
+    train.main(train.parse_args(arguments("run", steps=3)))
+    assert "done: run/model.safetensors, validation Dice -" in capsys.readouterr().out
+    assert SDSeg.load("run/model.safetensors")
+
+
 @pytest.mark.parametrize("flag, augment", [("none", None), ("flip", "flip"), ("full", "full")])
 def test_the_flag_augment_reaches_the_data(flag, augment, monkeypatch):
     """`none` means no augmentation: images and masks are those of the files."""
