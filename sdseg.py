@@ -376,4 +376,4 @@ def validate_config(config):
         raise UserError("fusion by cross-attention needs a U-Net of the sd family")
     inputs, tokens = (z, z) if cross else (2 * z, u.context_dim)  # concat: any context_dim fits
     if (u.in_channels, u.context_dim, u.out_channels) != (inputs, tokens, z):
-        raise UserError("config has a U-Net whose inputs and outputs are not the latents'")
+        raise UserError("config has a U-Net with inputs or outputs that are not the latents'")

@@ -30,6 +30,8 @@ def one_line(error):
 
 def advice(error):
     """What to do about an exception that is no bug, or None for a bug."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return one_line(f"{error.filename}: {error.strerror}")
     if isinstance(error, (UserError, OSError)):
         return one_line(error)
     text = f"{type(error).__name__}: {error}"

@@ -95,9 +95,8 @@ def count_kinds(paths):
 
 
 def nothing_in_it(others):
-    return f"no image and no volume in it ({', '.join(ENDINGS)}); {count_kinds(others)}".rstrip(
-        "; "
-    )
+    kinds = count_kinds(others)
+    return f"no image and no volume in it ({', '.join(ENDINGS)}){'; ' if kinds else ''}{kinds}"
 
 
 def find_inputs(paths, skip=()):

@@ -279,7 +279,7 @@ def test_arguments_that_cannot_be(tiny, capsys):
     check_refusal(capsys, "no averaged U-Net", "model.safetensors", "--ema")
     check_refusal(capsys, "is the source", "model.safetensors", "--out", "./model.safetensors")
     check_refusal(capsys, "ends in .safetensors", "model.safetensors", "--out", "model.ckpt")
-    check_refusal(capsys, "No such file or directory: 'nowhere.ckpt'", "nowhere.ckpt")
+    check_refusal(capsys, "nowhere.ckpt: No such file or directory", "nowhere.ckpt")
     check_refusal(capsys, "no unet/diffusion_pytorch_model", ".")
 
 
@@ -297,7 +297,7 @@ def ckpt(value):
 
 
 def with_member_size(size):
-    """A .ckpt whose directory claims that its first member has so many bytes."""
+    """A .ckpt with a directory that claims so many bytes for its first member."""
     content = bytearray(WHOLE)
     entry = content.index(b"PK\1\2")
     content[entry + 20 : entry + 28] = struct.pack("<II", size, size)

@@ -33,7 +33,7 @@ def save(path, array):
 
 
 def folder(root, names=CASES, masks=(0, 255)):
-    """Images of different greys and their masks, whose rows hold the values in turn."""
+    """Images of different greys, and masks with rows that hold the values in turn."""
     for i, name in enumerate(names):
         save(root / f"images/{name}.png", np.full((24, 32, 3), i, np.uint8))
         rows = np.resize(np.array(masks, np.uint8), (24, 1))

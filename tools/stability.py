@@ -15,7 +15,7 @@ from support.cli import UserError, one_line
 from support.device import peak_memory
 from tools.benchmark import medians
 
-WINDOW = 11  # pixels a side of SSIM's Gaussian, whose sigma is 1.5 pixels
+WINDOW = 11  # pixels a side of SSIM's Gaussian; its sigma is 1.5 pixels
 GAUSSIAN = torch.exp(-((torch.arange(WINDOW, dtype=torch.float64) - 5) ** 2) / (2 * 1.5**2))
 GAUSSIAN = (GAUSSIAN / GAUSSIAN.sum()).tolist()
 C1, C2 = 0.01**2, 0.03**2  # keep SSIM's fractions finite where an image is dark or flat
