@@ -8,7 +8,9 @@ Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`.
 `main` tells the story in six phases: what a step draws and loses stands above it, the rest below.
 """
 
+import contextlib
 import copy
+import math
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -40,6 +42,7 @@ from support.folders import image_hashes
 from support.images import write_image
 from support.metrics import latent_std, mean_dice, pixel_counts, vae_dice
 from support.panels import to_uint8
+from support.small_gpu import is_too_small, save_memory
 from support.weights import DEFAULT_WEIGHTS, read_weights
 
 RECIPES = {  # what the flags leave open, by the preset of the initial weights
@@ -87,7 +90,7 @@ def main(args):
     torch.manual_seed(args.seed)
 
     # 2. Data and model; the scale of the mask latents gives them a standard deviation of 1
-    init, why = resolve_defaults(args, world_size)
+    init, why = resolve_defaults(args, world_size, device)
     spec = find(args.data, args.root, args.split)
     model = make_model(args, spec, init)
     print0(f"{'goes on with' if args.resume else 'starts from'} {init}: {why}")
@@ -96,17 +99,23 @@ def main(args):
     val_set = SegmentationData(spec, "val", size)
     if not train_set.has_foreground():
         raise UserError(f"{spec.name}: no mask of the train part holds any foreground")
-    # channels_last only when compiled: otherwise each group norm on a GPU copies its input
-    model.to(device=device, memory_format=torch.channels_last if args.compile else None)
+    model.to(device)
     model.config = replace(model.config, mask_scale=1 / latent_std(model, train_set))
     describe(args, model, train_set, val_set, dtype, world_size)
 
     # 3. Optimiser, moving average, gradient scaler: float16 needs a scale; at a scale of 1 the
     #    scaler only skips steps with gradients that are not finite
+    if args.compile:  # with CUDA graphs, unless a step has parts or GPUs exchange gradients
+        plain = world_size == args.accumulate == 1
+        compile_networks(model, mode="reduce-overhead" if plain else "default")
     recipe = recipe_of(model.config)
     trained = [p for p in model.parameters() if p.requires_grad]
+    small = is_too_small(device, trained)  # then the average is in host memory, see `update_ema`
+    ema, averages = make_ema(model, on_host=small)
+    ema_every = average_every(recipe["ema"]) if small else 1
+    if small:
+        save_memory(model, keep_decoder=args.mask_weight or world_size > 1)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)
-    ema, averages = make_ema(model)
     scale = None if dtype == torch.float16 else 1.0
     scaler = torch.amp.GradScaler(device.type, scale or 2.0**16, enabled=device.type != "mps")
 
@@ -116,8 +125,6 @@ def main(args):
     if rank == 0:
         log = run_state.Log(folder / "log.csv", LOG_COLUMNS, start)
         run_state.write_settings(folder, vars(args), asdict(model.config))
-    if args.compile:  # with CUDA graphs on one GPU; several GPUs exchange gradients in between
-        compile_networks(model, mode="reduce-overhead" if world_size == 1 else "default")
     net = DistributedDataParallel(model) if world_size > 1 else model
     on_gpu, n = device.type == "cuda", args.batch_size
     batches = TrainingBatches(train_set, n, args.seed, rank, world_size)
@@ -127,6 +134,7 @@ def main(args):
 
     # 5. The loop; it waits for the GPU only to log and to validate
     began, stop = time.monotonic(), run_state.catch_stop_signals()
+    timer = run_state.FirstSteps(device, skip=5 if on_gpu or args.compile else 0)
     latents, meter = LatentCache(model.encode_mask), run_state.LossMeter(device)
     for step, (image, mask, symmetries) in zip(range(start, args.steps), loader):
         lr = optimizer.param_groups[0]["lr"] = learning_rate(step, args, recipe["decay"])
@@ -136,33 +144,47 @@ def main(args):
         t_cpu, noise = (x[batches.share] for x in (t, noise))
         image, mask, t, noise = (x.to(device, non_blocking=True)
                                  for x in (image, mask, t_cpu, noise))  # fmt: skip
-        with autocast():
-            z_0 = latents(mask, symmetries)
-            out = net(image, z_0, t, noise)
-            noise_loss, latent_loss = out.noise_loss.mean(), out.latent_loss.mean()
-            mask_loss = torch.zeros_like(noise_loss)
-            if args.mask_weight:
-                mask_loss = decoded_mask_loss(model, out.z_0_estimate, mask, t_cpu)
-        loss = noise_loss + args.latent_weight * latent_loss + args.mask_weight * mask_loss
-        scaler.scale(loss).backward()
+        losses, latent_losses = 0, []
+        for part in split(len(t), args.accumulate):  # the parts' gradients add up
+            ends = part.stop == len(t) or world_size == 1
+            with contextlib.nullcontext() if ends else net.no_sync():
+                with autocast():
+                    z_0 = latents(mask[part], symmetries and symmetries[part])
+                    out = net(image[part], z_0, t[part], noise[part])
+                    noise_loss, latent_loss = out.noise_loss.mean(), out.latent_loss.mean()
+                    mask_loss = torch.zeros_like(noise_loss)
+                    if args.mask_weight:
+                        mask_loss = decoded_mask_loss(
+                            model, out.z_0_estimate, mask[part], t_cpu[part]
+                        )
+                loss = noise_loss + args.latent_weight * latent_loss + args.mask_weight * mask_loss
+                share = (part.stop - part.start) / len(t)
+                scaler.scale(share * loss).backward()
+            losses += share * torch.stack([loss, noise_loss, latent_loss, mask_loss]).detach()
+            latent_losses.append(out.latent_loss.detach())
         scaler.unscale_(optimizer)
         gradient_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         scaler.step(optimizer)
         scaler.update(scale)
         optimizer.zero_grad(set_to_none=True)
-        update_ema(averages, trained, step, recipe["ema"])
-        losses = torch.stack([loss, noise_loss, latent_loss, mask_loss]).detach()
-        meter.update(losses, out.latent_loss, t, gradient_norm)
+        done = step + 1
+        due = done % args.eval_every == 0 or done == args.steps
+        if due or done % ema_every == 0:
+            last = max(step // k * k for k in (ema_every, args.eval_every))
+            update_ema(averages, trained, range(last, done), recipe["ema"])
+        meter.update(losses, torch.cat(latent_losses), t, gradient_norm)
 
         # 6. Log, validate, save
-        done, stopping = step + 1, bool(stop)
-        due = done % args.eval_every == 0 or done == args.steps
-        if rank == 0 and (done % args.log_every == 0 or done == args.steps or stopping):
+        stopping = bool(stop)
+        if seconds := timer.step():
+            print0(first_estimate(seconds * (args.steps - done), size, device))
+        if rank == 0 and (done % LOG_EVERY == 0 or done == args.steps or stopping):
             log_losses(log, meter, done, lr, (time.monotonic() - began) / (done - start), args)
         if rank == 0 and due:
+            judged = copy.deepcopy(ema).for_inference(device, args.precision) if small else ema
             with autocast():
-                score = validate(ema, val_set)
-            write_image(folder / f"samples/{done:06d}.png", sample_strip(ema, val_set))
+                score = validate(judged, val_set, batch_size=4 if small else 16)
+            write_image(folder / f"samples/{done:06d}.png", sample_strip(judged, val_set))
             log.write(step=done, val_dice=score)
             print0(f"step {done}  {in_words(score)}{'  best' if score > best else ''}")
             if not score <= best:  # better; or undefined, then the last model is kept
@@ -186,21 +208,42 @@ def learning_rate(step, args, decay):
     return args.lr * warm * (1 - step / args.steps if decay else 1)
 
 
-def make_ema(model):
+def split(n, parts):
+    """range(n) in equal parts, as slices; the last may be shorter."""
+    size = -(-n // parts)
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+
+def make_ema(model, on_host=False):
     """-> a copy of the model that holds the averages, and the list of its averaged parameters."""
     ema, averages = copy.deepcopy(model), []
+    if on_host:
+        ema.cpu()
     for average, p in zip(ema.parameters(), model.parameters()):
         if p.requires_grad:
             averages.append(average.requires_grad_(False))
-        else:
+        elif not on_host:
             average.data = p.data  # frozen: one memory for both
     return ema, averages
 
 
+def average_every(decay):
+    """Steps between two updates of an average in host memory: a hundredth of what it looks back.
+
+    100 for sd-v1, where an update takes about a second: 3.4 GB leave the GPU.
+    """
+    return max(1, round(0.01 / (1 - decay)))
+
+
 @torch.no_grad()
-def update_ema(averages, trained, step, decay):
-    decay = min(decay, (1 + step) / (10 + step))  # forget the start quickly
-    torch._foreach_lerp_(averages, trained, 1 - decay)
+def update_ema(averages, trained, steps, decay):
+    """Move the averages towards the parameters, by as much as in all these `steps` together."""
+    # (1 + step) / (10 + step): forget the start quickly
+    weight = 1 - math.prod(min(decay, (1 + step) / (10 + step)) for step in steps)
+    if averages[0].device == trained[0].device:
+        return torch._foreach_lerp_(averages, trained, weight)
+    for average, p in zip(averages, trained):  # one at a time, because host memory is short too
+        average.lerp_(p.to(average.device), weight)
 
 
 # ---- validation ----
@@ -243,7 +286,7 @@ def sample_strip(model, data, n=6):
 # ---- the run ----
 
 
-def resolve_defaults(args, world_size):
+def resolve_defaults(args, world_size, device):
     """Fill in what the user left open -> the initial weights, and why these."""
     if args.resume:
         best = Path(args.out) / "model.safetensors"  # not there before the first validation
@@ -253,11 +296,15 @@ def resolve_defaults(args, world_size):
         big = Path("weights/sd-v1.safetensors")
         args.init = str(big if big.exists() else DEFAULT_WEIGHTS)
         why = "converted weights are there" if big.exists() else f"there is no {big}"
-    recipe = recipe_of(read_weights(args.init, SDSegConfig)[0])
+    config = read_weights(args.init, SDSegConfig)[0]
+    recipe = recipe_of(config)
     if args.batch_size is None:  # at least one image for each process
         args.batch_size = -(-recipe["batch_size"] // world_size) * world_size
     if args.batch_size % world_size:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {world_size} processes")
+    if args.accumulate is None:  # a CPU's memory is short: 4 images of 256 px at a time
+        pixels = args.batch_size // world_size * (args.size or config.image_size) ** 2
+        args.accumulate = -(-pixels // 2**18) if device.type == "cpu" else 1
     for name in recipe.keys() & vars(args).keys():
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
@@ -322,7 +369,18 @@ def resume(folder, train_set, state, steps):
     return values["step"], values["best"]
 
 
+LOG_EVERY = 25  # steps between two lines of the log
 LOG_COLUMNS = ("step", *run_state.LossMeter.names, "lr", "images_per_s", "skipped", "val_dice")
+
+
+def first_estimate(seconds, size, device):
+    """-> one line: how long the run takes, and on a CPU what fewer pixels would take."""
+    text = f"the run takes about {format_duration(seconds)} on this {device.type}"
+    if device.type != "cpu" or seconds < 3600:
+        return text
+    smaller = [side for side in (size // 2, size // 4) if side >= 64]
+    times = [f"--size {s}: about {format_duration(seconds * (s / size) ** 2)}" for s in smaller]
+    return "; ".join([text, *times])
 
 
 def log_losses(log, meter, done, lr, seconds_a_step, args):
@@ -363,7 +421,6 @@ def parse_args(argv=None):
     add("--lr", type=amount, help=f"peak learning rate of AdamW {default['lr']}")
     add("--warmup", type=bounded(int, 0), help=f"steps of warm-up {default['warmup']}")
     add("--eval-every", type=positive_int, help=f"steps between two {default['eval_every']}")
-    add("--log-every", type=positive_int, default=25, help="steps between lines of the log")
 
     add = parser.add_argument_group("method").add_argument
     add("--prediction", choices=["eps", "x0", "v"], help="of the U-Net (default: the weights')")
@@ -376,6 +433,8 @@ def parse_args(argv=None):
 
     add = parser.add_argument_group("machine").add_argument
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of autocast")
+    add("--accumulate", type=positive_int, metavar="N", help="a step's batch in N parts, which "
+        "saves memory (default: 1; on a CPU parts of at most 4 images of 256 px)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile: minutes at first, for long GPU runs")
 
     args = parser.parse_args(argv)

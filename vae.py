@@ -131,7 +131,9 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x):                                          # (B, 3, 256, 256)
-        h = self.conv_in(x.to(self.conv_in.weight.dtype))          # (B, 128, 256, 256)
+        # contiguous: all layers after it would keep the strides of an image from a file
+        x = x.to(self.conv_in.weight.dtype).contiguous()
+        h = self.conv_in(x)                                        # (B, 128, 256, 256)
         if self.conv_in.weight.dtype != self.conv_out.weight.dtype:  # tau keeps conv_in in float32
             h = h.to(self.conv_out.weight.dtype)
         # After each level: (B, 128, 128, 128), (B, 256, 64, 64), (B, 512, 32, 32), (B, 512, 32, 32)

@@ -46,8 +46,14 @@ def choose_dtype(device, precision):
 
 
 def place_for_inference(model, device, precision, keep_float32):
-    """Move a model to a device and a precision; the modules in `keep_float32` stay float32."""
-    model.to(device=device, memory_format=torch.channels_last)
+    """Move a model to a device and a precision; the modules in `keep_float32` stay float32.
+
+    Convolutions want channels_last. But on a GPU the kernel of PyTorch's group norm copies such
+    tensors, so there only compiled networks have this format: see `compile_networks`.
+    """
+    on_cpu = torch.device(device).type == "cpu"
+    layout = torch.channels_last if on_cpu else torch.contiguous_format
+    model.to(device=device, memory_format=layout)
     for part in (model.vae, model.unet, model.tau):
         part.to(choose_dtype(torch.device(device), precision))
     for part in keep_float32:
@@ -58,11 +64,12 @@ def place_for_inference(model, device, precision, keep_float32):
 def compile_networks(model, **options):
     """Hand tau, the U-Net and the decoder to torch.compile, with its options, in place.
 
-    The first calls with a new batch size then take minutes and need a C++ compiler.
+    Their weights become channels_last, so make copies of the model for an average after this.
+    The first calls with a new batch size take minutes and need a C++ compiler.
     mode="reduce-overhead" makes a CUDA graph of each network, which shortens the latency.
     """
     for part in (model.tau, model.unet, model.vae.decoder):
-        part.compile(fullgraph=True, **options)
+        part.to(memory_format=torch.channels_last).compile(fullgraph=True, **options)
 
 
 def init_distributed():

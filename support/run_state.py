@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from support.cli import UserError, atomic_write, one_line, rank_and_world_size
+from support.device import synchronize
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -136,6 +137,30 @@ class LossMeter:
         self.sums.zero_()
         self.steps = 0
         return dict(zip(self.names, means)), int(skipped)
+
+
+class FirstSteps:
+    """Tells once how long a step takes: after three steps, or after 20 s on a CPU.
+
+    `skip` steps before these do not count, because in the first ones a GPU compiles and chooses
+    kernels.
+    """
+
+    def __init__(self, device, skip):
+        self.device, self.steps, self.told, self.began = device, -skip, False, time.monotonic()
+
+    def step(self):
+        """-> seconds a step; None before and after the one time."""
+        self.steps += 1
+        if self.steps == 0:
+            synchronize(self.device)
+            self.began = time.monotonic()
+        slow = self.device.type == "cpu" and time.monotonic() - self.began > 20
+        if self.told or self.steps < 1 or not (slow or self.steps == 3):
+            return None
+        synchronize(self.device)
+        self.told = True
+        return (time.monotonic() - self.began) / self.steps
 
 
 # ---- signals ----

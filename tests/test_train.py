@@ -25,6 +25,7 @@ from support.cache import LatentCache
 from support.cli import UserError, advice
 from support.folders import image_hashes
 
+CPU = torch.device("cpu")
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
             ROOT / "train.py"]  # fmt: skip
 
@@ -37,6 +38,7 @@ def made(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         patch.setenv("SDSEG_CACHE", str(folder / "cache"))
+        patch.setattr(train, "LOG_EVERY", 2)
         disc_folder(folder / "own")
         tiny().save("tiny.safetensors")
         run("finished")
@@ -51,10 +53,11 @@ def place(made, tmp_path, monkeypatch):
     for name in ("tiny.safetensors", "finished"):
         (tmp_path / name).symlink_to(made / name)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "LOG_EVERY", 2)
 
 
 def arguments(name, *more, steps=6):
-    often = "--batch-size 4 --precision fp32 --eval-every 3 --log-every 2"
+    often = "--batch-size 4 --precision fp32 --eval-every 3"
     flags = f"--data own --init tiny.safetensors --out {name} --steps {steps} {often}"
     return [*flags.split(), *more]
 
@@ -121,9 +124,14 @@ def test_the_average_follows_the_weights():
     model = tiny()
     ema, averages = train.make_ema(model)
     before, trained = averages[0].clone(), [p + 1 for p in model.parameters() if p.requires_grad]
-    train.update_ema(averages, trained, step=10**6, decay=0.9)
+    train.update_ema(averages, trained, steps=[10**6], decay=0.9)
     torch.testing.assert_close(averages[0].data, before + 0.1)
     assert next(ema.vae.parameters()).data_ptr() == next(model.vae.parameters()).data_ptr()
+    together, one_by_one = (train.make_ema(model, on_host=True)[1] for _ in range(2))
+    train.update_ema(together, trained, range(3, 6), decay=0.9)
+    for step in range(3, 6):  # while the weights stay, this is the same
+        train.update_ema(one_by_one, trained, [step], decay=0.9)
+    torch.testing.assert_close(together, one_by_one)
 
 
 @pytest.mark.parametrize("augment", [None, "flip", "full"])
@@ -170,27 +178,85 @@ def test_what_is_saved():
     assert set(older.trained_on) == hashes | {"cvc/random"}  # a file of before the hashes
 
 
+def stopped(monkeypatch, stop, at):
+    """The run `parts`, which `stop` ends at a step -> its exit status, and the step it saved."""
+    update = train.update_ema
+
+    def update_and_stop(averages, trained, steps, decay):
+        update(averages, trained, steps, decay)
+        if steps[-1] == at:
+            stop()
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
+        patch.setattr(train, "update_ema", update_and_stop)
+        sys.exit(run("parts"))
+    return end.value.code, state("parts")["values"]["step"]
+
+
+def assert_same_end(whole, parts):
+    """Two runs end with the same bits."""
+    a, b = state(whole), state(parts)
+    assert all(torch.equal(a[k][n], b[k][n]) for k in ("model", "ema") for n in a[k])
+
+
 @pytest.mark.parametrize("stop, at, status, saved", [
     (functools.partial(signal.raise_signal, signal.SIGTERM), 3, 143, 4),
     (functools.partial(sys.exit, "as if killed"), 4, "as if killed", 3),
 ])  # fmt: skip
 def test_resume_is_exact(stop, at, status, saved, monkeypatch):
     """After SIGTERM, which saves, or a kill, a resumed run ends with the bits of a whole one."""
-    update = train.update_ema
-
-    def update_and_stop(averages, trained, step, decay):
-        update(averages, trained, step, decay)
-        if step == at:
-            stop()
-
-    with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
-        patch.setattr(train, "update_ema", update_and_stop)
-        sys.exit(run("parts"))
-    assert end.value.code == status and state("parts")["values"]["step"] == saved
+    assert stopped(monkeypatch, stop, at) == (status, saved)
     resume("parts")
-    whole, parts = state("finished"), state("parts")
-    assert all(torch.equal(whole[k][n], parts[k][n]) for k in ("model", "ema") for n in whole[k])
+    assert_same_end("finished", "parts")
     assert [r["step"] for r in rows("parts")] == [r["step"] for r in rows("finished")]
+
+
+def test_a_run_in_little_memory(monkeypatch):
+    """The average in host memory, and tau image by image: the same weights, and exact resume."""
+    monkeypatch.setattr(train, "is_too_small", lambda device, trained: True)
+    assert train.average_every(0.9999) == 100 and train.average_every(0.5) == 1
+    run("whole")
+    for name, p in state("finished")["model"].items():
+        torch.testing.assert_close(state("whole")["model"][name], p, atol=1e-5, rtol=1e-4)
+    sigterm = functools.partial(signal.raise_signal, signal.SIGTERM)
+    assert stopped(monkeypatch, sigterm, at=4)[1] == 5  # nano's average moves at 3, 5 and 6
+    resume("parts")
+    assert_same_end("whole", "parts")
+
+
+def test_a_batch_in_parts_is_the_same_step():
+    """Three and two images give the gradients and losses of five."""
+    assert train.split(5, 2) == [slice(0, 3), slice(3, 5)]
+    for name, more in (("whole", []), ("parts", ["--accumulate", "2"])):
+        run(name, "--batch-size", "5", *more, steps=2)
+    for i, whole in state("whole")["optimizer"]["state"].items():
+        parts = state("parts")["optimizer"]["state"][i]["exp_avg"]
+        torch.testing.assert_close(parts, whole["exp_avg"], atol=1e-5, rtol=1e-3)
+    for name in run_state.LossMeter.names:
+        whole, parts = (float(rows(run)[0][name]) for run in ("whole", "parts"))
+        assert parts == pytest.approx(whole, rel=1e-4)
+
+
+def test_a_cpu_takes_large_batches_in_parts():
+    """4 images of 256 px at a time, or as many pixels of another size; a GPU takes all at once."""
+    for size, device, parts in ((128, "cpu", 1), (256, "cpu", 4), (256, "cuda", 1)):
+        args = train.parse_args(f"--data own --init tiny.safetensors --size {size}".split())
+        train.resolve_defaults(args, 1, torch.device(device))
+        assert (args.batch_size, args.accumulate) == (16, parts)
+
+
+def test_a_run_says_early_how_long_it_takes(monkeypatch):
+    """After three steps, or 20 s on a CPU; with fewer pixels where hours would pass. Once."""
+    clock = iter([0, 1, 2, 6, 6, 7])
+    monkeypatch.setattr(run_state.time, "monotonic", lambda: next(clock))
+    timer = run_state.FirstSteps(CPU, skip=0)
+    assert [timer.step() for _ in range(3)] == [None, None, 2]
+    clock = iter([0, 30, 30, 31])
+    timer = run_state.FirstSteps(CPU, skip=0)
+    assert [timer.step() for _ in range(2)] == [30, None]
+    text = train.first_estimate(16 * 3600, 256, CPU)
+    assert "16 h 00 min" in text and "--size 128: about 4 h" in text and "64: about 1 h" in text
+    assert "--size" not in train.first_estimate(16 * 3600, 256, torch.device("cuda"))
 
 
 def test_a_run_may_be_moved_and_copied():
@@ -206,8 +272,11 @@ def test_a_run_may_be_moved_and_copied():
 
 
 def test_two_processes_take_the_step_of_one():
-    """The gradients of half the batch each are those of one process; only rank 0 prints."""
-    done = subprocess.run([*TORCHRUN, *arguments("two")], capture_output=True, text=True)
+    """The gradients of half the batch each, in two parts, are those of one process; only rank 0
+    prints.
+    """
+    command = [*TORCHRUN, *arguments("two", "--accumulate", "2")]
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("the autoencoder rebuilds masks with Dice 0.") == 1
     one, two = (state(name)["optimizer"]["state"] for name in ("finished", "two"))
@@ -320,7 +389,7 @@ def test_a_run_that_is_over_says_so():
 
 def test_validation_without_foreground_is_not_a_score(monkeypatch, capsys):
     """Its Dice is `-`, neither 0 nor 1, and the last model is kept."""
-    monkeypatch.setattr(train, "validate", lambda model, data: float("nan"))
+    monkeypatch.setattr(train, "validate", lambda *_, **__: float("nan"))
     train.main(train.parse_args(arguments("run", steps=3)))
     assert "done: run/model.safetensors, validation Dice -" in capsys.readouterr().out
     assert SDSeg.load("run/model.safetensors")
@@ -386,10 +455,10 @@ def test_every_process_gets_an_image():
     """The recipe's batch is rounded up to torchrun's processes; the user's own may be refused."""
     flags = ["--data", "own", "--init", "tiny.safetensors"]
     args = train.parse_args(flags)
-    train.resolve_defaults(args, world_size=5)
+    train.resolve_defaults(args, 5, CPU)
     assert args.batch_size == 20  # nano has 16
     with pytest.raises(UserError, match="not a multiple of 5"):
-        train.resolve_defaults(train.parse_args([*flags, "--batch-size", "4"]), world_size=5)
+        train.resolve_defaults(train.parse_args([*flags, "--batch-size", "4"]), 5, CPU)
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_piece():

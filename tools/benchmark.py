@@ -190,7 +190,9 @@ def training_step(config, recipe, batch, device, compiled):
     """-> a function of the dtype: one step of train.py's loop, with the same batch each time."""
     with device:
         model = SDSeg(config)
-    model.to(device=device, memory_format=torch.channels_last if compiled else None)
+    model.to(device)
+    if compiled:
+        compile_networks(model, mode="reduce-overhead")
     averages = train.make_ema(model)[1]
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe["lr"], fused=True)
@@ -200,8 +202,6 @@ def training_step(config, recipe, batch, device, compiled):
     shape = model.latent_shape
     t, noise = train.sample_t_and_noise(len(mask), shape, None, recipe["terminal_fraction"])
     image, mask, t_on_device, noise = (x.to(device) for x in (image, mask, t, noise))
-    if compiled:
-        compile_networks(model, mode="reduce-overhead")
 
     def step(dtype):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -215,7 +215,7 @@ def training_step(config, recipe, batch, device, compiled):
         scaler.step(optimizer)
         scaler.update(1.0)
         optimizer.zero_grad(set_to_none=True)
-        train.update_ema(averages, trained, recipe["steps"], recipe["ema"])
+        train.update_ema(averages, trained, [recipe["steps"]], recipe["ema"])
 
     return step
 
