@@ -15,29 +15,57 @@ SD_TINY = UNetConfig("sd", 8, 4, 32, (1, 2, 4, 4), 2, (1, 2, 4), 8, 48)
 LDM_TINY = UNetConfig("ldm", 8, 4, 32, (1, 2, 4), 2, (1, 2, 4), 8, None)
 
 
-def close(a, b):
-    torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+# Where the networks are compared with the reference, and the largest difference of a value there:
+# device, number format, bound. The outputs are about 1; half precision rounds after each layer.
+PLACES = (
+    ("cpu", torch.float32, 1e-4),
+    ("cuda", torch.float32, 1e-3),
+    ("cuda", torch.float16, 0.02),
+    ("cuda", torch.bfloat16, 0.1),
+)
+
+
+@pytest.fixture(params=PLACES, ids=lambda place: f"{place[0]}-{str(place[1])[6:]}")
+def place(request, monkeypatch):
+    """A function that moves a network and its inputs to a device and a number format, and one
+    that compares. Float32 is without TF32, which PyTorch would use in convolutions.
+    """
+    device, dtype, bound = request.param
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("the networks on a GPU need one")
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+    def move(x):
+        x = x.to(device, dtype if not torch.is_tensor(x) or x.is_floating_point() else None)
+        if isinstance(x, UNet):
+            x.out.float()  # as in inference
+        return x
+
+    def close(a, b):
+        torch.testing.assert_close(a.float().cpu(), b, atol=bound, rtol=0)
+
+    return move, close
 
 
 @torch.no_grad()
-def test_autoencoder_equals_reference():
+def test_autoencoder_equals_reference(place):
     """Encoder moments and decoder agree with the original autoencoder."""
-    manifest, g = golden("vae-tiny")
+    (move, close), (manifest, g) = place, golden("vae-tiny")
     vae = AutoencoderKL(VAE_TINY)
     vae.load_state_dict(golden_weights(manifest["first_stage_model"], "first_stage_model."))
-    mean, logvar = vae.encode(g["image"])
+    mean, logvar = move(vae).encode(move(g["image"]))
     close(mean, g["moments_mean"])
     close(logvar, g["moments_logvar"])
     close(vae.decode(mean), g["decode_of_mean"])
 
 
 @torch.no_grad()
-def test_vision_encoder_equals_published_conditioning():
+def test_vision_encoder_equals_published_conditioning(place):
     """tau agrees with the conditioning encoder of the published SDSeg, from its weights."""
-    manifest, g = golden("vae-tiny")
+    (move, close), (manifest, g) = place, golden("vae-tiny")
     tau = VisionEncoder(VAE_TINY)
     tau.load_state_dict(golden_weights(manifest["cond_stage_model"], "cond_stage_model."))
-    close(tau(g["image"]), g["sdseg_condition"])
+    close(move(tau)(move(g["image"])), g["sdseg_condition"])
 
 
 @torch.no_grad()
@@ -50,31 +78,32 @@ def test_tau_starts_as_the_posterior_mean():
 
 
 @torch.no_grad()
-def test_ldm_unet_equals_reference():
+def test_ldm_unet_equals_reference(place):
     """The LDM family: attention blocks, scale-shift normalisation, resampling blocks."""
-    manifest, g = golden("unet-ldm-tiny")
+    (move, close), (manifest, g) = place, golden("unet-ldm-tiny")
     unet = UNet(LDM_TINY)
     weights = golden_weights(manifest["state_dict"], "model.diffusion_model.")
     unet.load_state_dict(weights)
-    close(unet(torch.cat([g["z_t"], g["z_c"]], 1), g["t"]), g["eps"])
+    x, t = move(torch.cat([g["z_t"], g["z_c"]], 1)), move(g["t"])
+    close(move(unet)(x, t), g["eps"])
     first = "input_blocks.0.0.weight"
     unet.load_state_dict({**weights, first: widen_conv_in(weights[first][:, :4], 8)})
-    close(unet(torch.cat([g["z_t"], g["z_c"]], 1), g["t"]), g["eps_zero_init"])
+    close(unet(x, t), g["eps_zero_init"])
 
 
 @torch.no_grad()
-def test_sd_unet_equals_reference():
+def test_sd_unet_equals_reference(place):
     """The Stable Diffusion family, with a context, without one, and with zeroed channels."""
-    manifest, g = golden("unet-sd-tiny")
+    (move, close), (manifest, g) = place, golden("unet-sd-tiny")
     unet = UNet(SD_TINY)
     weights = golden_weights(manifest["state_dict"], "model.diffusion_model.")
     unet.load_state_dict(weights)
-    x = torch.cat([g["z_t"], g["z_c"]], 1)
-    close(unet(x, g["t"], g["context"]), g["eps"])
-    close(unet(x, g["t"]), g["eps_without_cross_attention"])
+    x, t = move(torch.cat([g["z_t"], g["z_c"]], 1)), move(g["t"])
+    close(move(unet)(x, t, move(g["context"])), g["eps"])
+    close(unet(x, t), g["eps_without_cross_attention"])
     first = "input_blocks.0.0.weight"
     unet.load_state_dict({**weights, first: widen_conv_in(weights[first][:, :4], 8)})
-    close(unet(x, g["t"]), g["eps_zero_init"])
+    close(unet(x, t), g["eps_zero_init"])
 
 
 @torch.no_grad()

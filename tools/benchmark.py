@@ -2,7 +2,8 @@
 
 Times are medians, from a batch of images on the device to their probabilities there. What is
 compared is called in turn, so that other load on the machine slows all of it alike. Random weights
-cost the same as trained ones. `--diffusers` also times diffusers' modules in our sampler.
+cost the same as trained ones. `--diffusers` also times diffusers' modules in our sampler, in the
+same precision, and on a CPU also in float32, which is how they come.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ import time
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 
 import train
 from data import SegmentationData, TrainingBatches, find
@@ -33,12 +35,13 @@ from support.device import (
     synchronize,
 )
 from support.metrics import dice
+from support.small_gpu import save_memory
 
 PARTS = ("tau", "U-Net", "decoder")
 
 
 def int_list(text):
-    return [positive_int(number) for number in text.split(",")]
+    return [positive_int(number) for number in text.split(",") if text]
 
 
 def parse_args(argv=None):
@@ -48,9 +51,10 @@ def parse_args(argv=None):
     add("--model", metavar="FILE", help="trained weights; their config replaces the preset")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     add("--precision", default="auto", choices=["auto", *DTYPES], help="auto: by the hardware")
-    add("--batch-sizes", type=int_list, default="1,8", metavar="N,N", help="of inference")
+    add("--batch-sizes", type=int_list, default="1,8", metavar="N,N", help="of inference; '': none")
     add("--seconds", type=bounded(float, 0), default=5.0, help="for each measurement")
     add("--train", action="store_true", help="also measure training, with the preset's recipe")
+    add("--small-gpu", action="store_true", help="train as on a GPU of 16 GB, to save memory")
     add("--compile", action="store_true", help="also time compiled networks: minutes more")
     add("--diffusers", action="store_true", help="also time diffusers' modules, if installed")
     return parser.parse_args(argv)
@@ -78,12 +82,15 @@ def peak_of(call, device):
     On a CPU it is the peak of the process; only Linux can forget an earlier one.
     """
     if device.type == "cuda":
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     with contextlib.suppress(OSError, AttributeError, TypeError):
         ctypes.CDLL(None).malloc_trim(0)  # give back what keep_freed_memory has kept
         Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     call()
     peak = peak_memory(device)
+    if device.type == "cuda":  # what PyTorch holds: with gaps between tensors, as nvidia-smi sees
+        return f"{peak:.0f} MiB, reserved {torch.cuda.max_memory_reserved(device) / 2**20:.0f} MiB"
     return "unknown" if peak is None else f"{peak:.0f} MiB"
 
 
@@ -114,7 +121,8 @@ class DiffusersSDSeg(SDSeg):
         self.eval().to(device)
 
     def encode_image(self, image):
-        return self.vae.encode(image.to(self.dtype)).latent_dist.mean.float()
+        image = image.to(self.dtype).contiguous()  # as for ours, see vae.py
+        return self.vae.encode(image).latent_dist.mean.float()
 
     def decode_mask(self, z_0):
         return self.vae.decode(z_0.to(self.dtype)).sample.float()
@@ -173,37 +181,46 @@ def time_inference(models, image, seconds, device):
 
 
 def report(n, times, peak):
-    """One line for each model: its time, its parts' shares of it, and the ratio to our time."""
+    """One line for each model: its time, its parts' shares of it, and the ratio to our times."""
     print(f"\nbatch {n:<4}{'ms':>28}{'images/s':>10}", *(f"{part:>8}" for part in PARTS))
-    ours = times["ours", "1 step"]
+    ours = {name: times[name, "1 step"] for name in ("ours", "compiled") if (name, "tau") in times}
     for (name, what), t in times.items():
         if what in PARTS:
             continue
         parts = [times[name, part] for part in PARTS]
         shares = [f"{part / sum(parts):8.1%}" for part in parts if what == "1 step"]
-        ratio = [] if name == "ours" else [f"  {t / ours:.2f}x our time"]
-        print(f"{name + ', ' + what:<28}{1000 * t:10.1f}{n / t:10.2f}", *shares, *ratio)
+        than = [] if name == "ours" else ["ours"] if name == "compiled" else list(ours)
+        ratios = [f"  {t / ours[other]:.2f}x the time of {other}" for other in than]
+        print(f"{name + ', ' + what:<28}{1000 * t:10.1f}{n / t:10.2f}", *shares, *ratios)
     print(f"peak memory {peak}", flush=True)
 
 
-def training_step(config, recipe, batch, device, compiled):
-    """-> a function of the dtype: one step of train.py's loop, with the same batch each time."""
+def training_step(config, recipe, batch, device, dtype, compiled=False, small_gpu=False):
+    """-> two functions: one step of train.py's loop, with the same batch each time, and the update
+    of the average, which is a part of the step unless `small_gpu`.
+    """
     with device:
         model = SDSeg(config)
     model.to(device)
     if compiled:
         compile_networks(model, mode="reduce-overhead")
-    averages = train.make_ema(model)[1]
+    averages = train.make_ema(model, on_host=small_gpu)[1]
     trained = [p for p in model.parameters() if p.requires_grad]
+    if small_gpu:
+        save_memory(model, keep_decoder=recipe["mask_weight"])
     optimizer = torch.optim.AdamW(trained, lr=recipe["lr"], fused=True)
-    scaler = torch.amp.GradScaler(device.type, 1.0, enabled=device.type != "mps")
+    scale = None if dtype == torch.float16 else 1.0
+    scaler = torch.amp.GradScaler(device.type, scale or 2.0**16, enabled=device.type != "mps")
     latents, weight = LatentCache(model.encode_mask), recipe["mask_weight"]
     image, mask, symmetries = batch
     shape = model.latent_shape
     t, noise = train.sample_t_and_noise(len(mask), shape, None, recipe["terminal_fraction"])
     image, mask, t_on_device, noise = (x.to(device) for x in (image, mask, t, noise))
 
-    def step(dtype):
+    def average():
+        train.update_ema(averages, trained, [recipe["steps"]], recipe["ema"])
+
+    def step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             out = model(image, latents(mask, symmetries), t_on_device, noise)
             loss = out.noise_loss.mean() + out.latent_loss.mean()
@@ -213,50 +230,65 @@ def training_step(config, recipe, batch, device, compiled):
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         scaler.step(optimizer)
-        scaler.update(1.0)
+        scaler.update(scale)
         optimizer.zero_grad(set_to_none=True)
-        train.update_ema(averages, trained, [recipe["steps"]], recipe["ema"])
+        if not small_gpu:
+            average()
 
-    return step
+    return step, average
+
+
+def loading_share(step, batches, seconds, device):
+    """The share of the time that the loop of train.py waits for its batches, as text."""
+    on_gpu = device.type == "cuda"
+    workers = 4 * on_gpu
+    loader = iter(DataLoader(batches, batch_size=None, sampler=itertools.count(),
+                             num_workers=workers, pin_memory=on_gpu))  # fmt: skip
+    waited, rounds = 0, 0
+    began = time.perf_counter()
+    while rounds < 3 or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        next(loader)
+        waited += (time.perf_counter() - start) * (rounds > 0)  # not the start of the processes
+        began += (time.perf_counter() - start) * (rounds == 0)
+        step()
+        synchronize(device)
+        rounds += 1
+    share = waited / (time.perf_counter() - began)
+    return f"loading takes {share:.1%} of the time, in {workers or 'no'} processes beside"
 
 
 def measure_training(config, device, dtype, args):
     """Print the speed and the memory of the preset's recipe, and what loading takes."""
     recipe, times = train.recipe_of(config), []
     data = SegmentationData(find("demo"), "val", config.image_size, recipe["augment"])
-    batches, numbers = TrainingBatches(data, recipe["batch_size"], seed=0), itertools.count()
-    print(f"\ntraining in {str(dtype)[6:]}, batch {recipe['batch_size']}, AdamW, EMA")
+    batches = TrainingBatches(data, recipe["batch_size"], seed=0)
+    print(f"\ntraining in {str(dtype)[6:]}, batch {recipe['batch_size']}, AdamW, EMA"
+          f"{', as on a GPU of 16 GB' * args.small_gpu}")  # fmt: skip
     for compiled in (False, True)[: 1 + args.compile]:
-        step, began = training_step(config, recipe, batches[0], device, compiled), time.monotonic()
-        peak = peak_of(lambda: [step(dtype) for _ in range(3)], device)  # 3: CUDA graphs are ready
+        began = time.monotonic()
+        step, average = training_step(
+            config, recipe, batches[0], device, dtype, compiled, args.small_gpu
+        )
+        # After 3 steps CUDA graphs are ready; the first ones in float16 only lower the scale.
+        first = 20 if dtype == torch.float16 else 3
+        peak = peak_of(lambda: [step() for _ in range(first)], device)
         ready = format_duration(time.monotonic() - began)
-        times.append(medians({"step": lambda: step(dtype)}, args.seconds, device)["step"])
-        step = None  # free its memory
+        times.append(medians({"step": step}, args.seconds, device)["step"])
         note = f"; {times[-1] / times[0]:.2f}x the time, compiled in {ready}" if compiled else ""
         print(f"{1 / times[-1]:.2f} steps/s, peak memory {peak}{note}", flush=True)
-    load = medians({"load": lambda: batches[next(numbers)]}, args.seconds, torch.device("cpu"))
-    print(f"one process loads a batch in {1000 * load['load']:.1f} ms, "
-          f"{load['load'] / times[-1]:.1%} of a step")  # fmt: skip
+        if args.small_gpu:
+            t, every = medians({"": average}, 0, device)[""], train.average_every(recipe["ema"])
+            print(f"the average in host memory: {t:.2f} s every {every} steps, "
+                  f"{t / (t + every * times[-1]):.1%} of the time")  # fmt: skip
+        print(loading_share(step, batches, args.seconds, device), flush=True)
+        step = average = None  # free their memory
 
 
-def main(args):
-    # 1. The model, and what its precision changes
-    device = find_device(args.device)
-    dtype = choose_dtype(device, args.precision)
-    if args.model:
-        model = SDSeg.load(args.model, device)
-    else:
-        torch.manual_seed(0)
-        with device:
-            model = SDSeg(PRESETS[args.preset]).eval().for_inference(device)
+def measure_inference(model, device, dtype, args):
+    """Print what precision and compilation change, then speed and memory of each batch size."""
+    # 1. What the precision changes
     config, size = model.config, model.config.image_size
-    print(f"{config.preset} in {str(dtype)[6:]} on {device.type}: {device_name(device)}, "
-          f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
-          f"{datetime.date.today()}")  # fmt: skip
-    tau, unet, vae = (sum(p.numel() for p in part.parameters()) / 1e6
-                      for part in (model.tau, model.unet, model.vae))  # fmt: skip
-    print(f"{'trained' if args.model else 'random'} weights: tau {tau:.1f} M, U-Net {unet:.1f} M, "
-          f"autoencoder {vae:.1f} M parameters; {size} px")  # fmt: skip
     if dtype != torch.float32:
         exact = prob_of_demo(model)
         model.for_inference(device, args.precision)
@@ -278,16 +310,36 @@ def main(args):
         print(f"compiled in {ready} (for each batch size): {text}", flush=True)
     if args.diffusers and config.fusion == "concat":
         try:
-            for kind in dict.fromkeys((torch.float32, dtype)):
+            kinds = (dtype, torch.float32) if device.type == "cpu" else (dtype,)
+            for kind in dict.fromkeys(kinds):
                 models[f"diffusers {str(kind)[6:]}"] = DiffusersSDSeg(config, device, kind)
         except ImportError:
             print("diffusers is not installed; to compare with it: pip install diffusers")
     for n, image in images.items():
         report(n, time_inference(models, image, args.seconds, device), peaks[n])
 
-    # 4. Training, after the memory is free again
+
+def main(args):
+    device = find_device(args.device)
+    dtype = choose_dtype(device, args.precision)
+    if args.model:
+        model = SDSeg.load(args.model, device)
+    else:
+        torch.manual_seed(0)
+        with device:
+            model = SDSeg(PRESETS[args.preset]).eval().for_inference(device)
+    config = model.config
+    print(f"{config.preset} in {str(dtype)[6:]} on {device.type}: {device_name(device)}, "
+          f"{torch.get_num_threads()} threads, torch {torch.__version__}, "
+          f"{datetime.date.today()}")  # fmt: skip
+    tau, unet, vae = (sum(p.numel() for p in part.parameters()) / 1e6
+                      for part in (model.tau, model.unet, model.vae))  # fmt: skip
+    print(f"{'trained' if args.model else 'random'} weights: tau {tau:.1f} M, U-Net {unet:.1f} M, "
+          f"autoencoder {vae:.1f} M parameters; {config.image_size} px", flush=True)  # fmt: skip
+    if args.batch_sizes:
+        measure_inference(model, device, dtype, args)
     if args.train:
-        del model, models
+        del model  # free its memory
         measure_training(config, device, dtype, args)
 
 
