@@ -17,11 +17,12 @@ step() {  # name, limit in seconds, command
     echo "== $1: exit status ${PIPESTATUS[0]}, $SECONDS s since the start" | tee -a "$folder/$1.txt"
 }
 
-bench="python -m tools.benchmark"
+bench="python3 -m tools.benchmark"
 small="--precision fp16 --train --small-gpu --batch-sizes= --seconds 2"
-step parity 90 python -m pytest -q -rs tests/test_networks.py
+step parity 90 python3 -m pytest -q -rs tests/test_networks.py
 step memory 60 $bench --preset "$preset" $small
 step memory-other 45 $bench --preset "$other" $small
 step inference 280 $bench --preset "$preset" --compile --diffusers --batch-sizes 1,64 --seconds 1
 step train 230 $bench --preset "$preset" --train --compile --batch-sizes= --seconds 3
 step train-other 230 $bench --preset "$other" --train --compile --batch-sizes= --seconds 3
+PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True step memory-env 60 $bench --preset "$preset" $small

@@ -13,9 +13,11 @@ import datetime
 import itertools
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 import train
@@ -164,8 +166,33 @@ def diffusers_modules(config):
     return vae, diffusers.UNet2DModel(**sizes)
 
 
+class Products(TorchDispatchMode):
+    """Remembers the convolutions and the matrix products of a call, to call them once more."""
+
+    names = ("convolution", "addmm", "mm", "bmm", "_scaled_dot_product_flash_attention_for_cpu")
+
+    def __init__(self, call):
+        super().__init__()
+        self.calls = []
+        with self:
+            call()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        call = partial(function, *args, **(kwargs or {}))
+        if function.overloadpacket.__name__ in self.names:
+            self.calls.append(call)
+        return call()
+
+    def back_to_back(self):
+        for call in self.calls:
+            call()
+
+
 def time_inference(models, image, seconds, device):
-    """Time {name: model} on a batch -> {(name, what): s}; what: "1 step", "10 steps" or a part."""
+    """Time {name: model} on a batch -> {(name, what): s}; what: "1 step", "10 steps" or a part.
+
+    On a CPU also the products of our parts alone, by the name "products".
+    """
     t, calls = torch.full((len(image),), T - 1, device=device), {}
     with torch.no_grad():
         for name, m in models.items():
@@ -177,6 +204,9 @@ def time_inference(models, image, seconds, device):
             calls[name, "tau"] = lambda m=m: m.encode_image(image)
             calls[name, "U-Net"] = lambda m=m, z=z_c, n=noise: m.predict(n, t, z)
             calls[name, "decoder"] = lambda m=m, z=z_c: m.decode_mask(z)
+        if device.type == "cpu":
+            for part in PARTS:
+                calls["products", part] = Products(calls["ours", part]).back_to_back
         return medians(calls, seconds, device)
 
 
@@ -192,6 +222,11 @@ def report(n, times, peak):
         than = [] if name == "ours" else ["ours"] if name == "compiled" else list(ours)
         ratios = [f"  {t / ours[other]:.2f}x the time of {other}" for other in than]
         print(f"{name + ', ' + what:<28}{1000 * t:10.1f}{n / t:10.2f}", *shares, *ratios)
+    if ("products", "tau") in times:  # the rest is normalisation, sums, copies
+        pairs = {part: (times["products", part], times["ours", part]) for part in PARTS}
+        pairs["all"] = [sum(values) for values in zip(*pairs.values())]
+        shares = (f"{name} {a / b:.0%}" for name, (a, b) in pairs.items())
+        print(f"share of our time that the same products take back to back: {', '.join(shares)}")
     print(f"peak memory {peak}", flush=True)
 
 
