@@ -114,7 +114,7 @@ def main(args):
     ema, averages = make_ema(model, on_host=small)
     ema_every = average_every(recipe["ema"]) if small else 1
     if small:
-        save_memory(model, keep_decoder=args.mask_weight or world_size > 1)
+        save_memory(model, mask_loss=args.mask_weight, world_size=world_size)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)
     scale = None if dtype == torch.float16 else 1.0
     scaler = torch.amp.GradScaler(device.type, scale or 2.0**16, enabled=device.type != "mps")
@@ -375,7 +375,8 @@ LOG_COLUMNS = ("step", *run_state.LossMeter.names, "lr", "images_per_s", "skippe
 
 def first_estimate(seconds, size, device):
     """-> one line: how long the run takes, and on a CPU what fewer pixels would take."""
-    text = f"the run takes about {format_duration(seconds)} on this {device.type}"
+    where = "CPU" if device.type == "cpu" else "GPU"
+    text = f"the run will take about {format_duration(seconds)} on this {where}"
     if device.type != "cpu" or seconds < 3600:
         return text
     smaller = [side for side in (size // 2, size // 4) if side >= 64]

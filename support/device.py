@@ -51,14 +51,14 @@ def place_for_inference(model, device, precision, keep_float32):
     Convolutions want channels_last. But on a GPU the kernel of PyTorch's group norm copies such
     tensors, so there only compiled networks have this format: see `compile_networks`.
     """
-    on_cpu = torch.device(device).type == "cpu"
-    layout = torch.channels_last if on_cpu else torch.contiguous_format
-    model.to(device=device, memory_format=layout)
+    device = torch.device(device)
     for part in (model.vae, model.unet, model.tau):
-        part.to(choose_dtype(torch.device(device), precision))
+        part.to(choose_dtype(device, precision))
     for part in keep_float32:
         part.float()
-    return model
+    on_cpu = device.type == "cpu"
+    layout = torch.channels_last if on_cpu else torch.contiguous_format
+    return model.to(device=device, memory_format=layout)
 
 
 def compile_networks(model, **options):

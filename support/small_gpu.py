@@ -19,16 +19,16 @@ def is_too_small(device, trained):
     return needed > torch.cuda.get_device_properties(device).total_memory
 
 
-def save_memory(model, keep_decoder):
-    """Keep less of a model in training on the GPU; `keep_decoder`: its loss needs the decoder.
+def save_memory(model, mask_loss, world_size=1):
+    """Keep less of a model in training on the GPU; `mask_loss`: the loss needs the decoder.
 
-    - Frozen weights that no training step reads go to host memory.
+    - Frozen weights that no step reads go to host memory, unless DDP wants all on one device.
     - tau remembers the inputs of its levels only. Backward computes the rest again, image by image.
     - The allocator joins free pieces of memory.
     """
-    kept = ("vae.",) if keep_decoder else ("vae.encoder.", "vae.quant_conv.")
+    kept = ("vae.",) if mask_loss else ("vae.encoder.", "vae.quant_conv.")
     for name, p in model.named_parameters():
-        if not (p.requires_grad or name.startswith(kept)):
+        if world_size == 1 and not (p.requires_grad or name.startswith(kept)):
             p.data = p.data.cpu()
     for level in model.tau.encoder.down:
         level.forward = partial(image_by_image, level.forward)

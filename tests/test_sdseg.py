@@ -268,7 +268,7 @@ def test_both_fusions_see_the_image_in_any_precision(fusion):
 
 def test_compiling_changes_no_value_and_no_name():
     """Each network is captured as one graph, here LDM's; the weights' names stay."""
-    model = tiny(unet=replace(TINY.unet, family="ldm"))
+    model = tiny(unet=replace(TINY.unet, family="ldm")).for_inference("cpu")  # channels_last too
     image = torch.rand(2, 3, 32, 32) * 2 - 1
     plain, names = model.segment(image, generator=seed(0)), list(model.state_dict())
     torch.compiler.reset()  # the cache belongs to the process
