@@ -114,6 +114,7 @@ def test_the_report(report, monkeypatch):
         shares = [float(share) for share in re.findall(r"([\d.]+)%", rest)]
         assert what == "10 steps" or sum(shares) == pytest.approx(100, abs=0.2)
     assert len(re.findall(r"^peak memory \d+ MiB", text, re.M)) == 2
+    assert len(re.findall(r"^share of our time .* tau \d+%, .*, all \d+%$", text, re.M)) == 2
     assert len(compiled) == 2 and compiled[0] is not compiled[1]
     assert re.search(r"^compiled in \d+ s.* Dice 1.0000 .* 0.00000 on average", text, re.M)
     assert len(re.findall(r"^compiled, 1 step .* [\d.]+x the time of ours$", text, re.M)) == 2
