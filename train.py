@@ -146,8 +146,8 @@ def main(args):
                                  for x in (image, mask, t_cpu, noise))  # fmt: skip
         losses, latent_losses = 0, []
         for part in split(len(t), args.accumulate):  # the parts' gradients add up
-            ends = part.stop == len(t) or world_size == 1
-            with contextlib.nullcontext() if ends else net.no_sync():
+            last = part.stop == len(t)  # only then do processes exchange gradients
+            with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
                 with autocast():
                     z_0 = latents(mask[part], symmetries and symmetries[part])
                     out = net(image[part], z_0, t[part], noise[part])
@@ -170,8 +170,8 @@ def main(args):
         done = step + 1
         due = done % args.eval_every == 0 or done == args.steps
         if due or done % ema_every == 0:
-            last = max(step // k * k for k in (ema_every, args.eval_every))
-            update_ema(averages, trained, range(last, done), recipe["ema"])
+            since = max(step // k * k for k in (ema_every, args.eval_every))
+            update_ema(averages, trained, range(since, done), recipe["ema"])
         meter.update(losses, torch.cat(latent_losses), t, gradient_norm)
 
         # 6. Log, validate, save

@@ -23,6 +23,7 @@ from sdseg import SDSeg, T
 from support import run_state
 from support.cache import LatentCache
 from support.cli import UserError, advice
+from support.device import choose_dtype
 from support.folders import image_hashes
 
 CPU = torch.device("cpu")
@@ -222,6 +223,16 @@ def test_a_run_in_little_memory(monkeypatch):
     assert stopped(monkeypatch, sigterm, at=4)[1] == 5  # nano's average moves at 3, 5 and 6
     resume("parts")
     assert_same_end("whole", "parts")
+
+
+def test_float16_scales_its_loss(monkeypatch):
+    """`auto` is float16 on a GPU without bfloat16; the scaled loss gives nearly the same losses."""
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)
+    assert choose_dtype(torch.device("cuda"), "auto") == torch.float16
+    run("half", "--precision", "fp16", steps=2)
+    assert state("half")["scaler"]["scale"] > 1
+    losses = [float(rows(name)[0]["loss"]) for name in ("half", "finished")]
+    assert losses[0] == pytest.approx(losses[1], rel=0.02)
 
 
 def test_a_batch_in_parts_is_the_same_step():
