@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TINY, disc_folder, tiny
 from PIL import Image
 
@@ -114,6 +115,19 @@ def test_the_decoded_mask_loss():
     assert loss(right, t=torch.tensor([5, 998])) == 0
     assert loss(right, t=end) < 0.1 < 4 < loss(-right, t=end)
     assert loss(right, t=torch.tensor([T - 1, 5])) < loss(right, t=end)
+
+
+def test_an_empty_truth_teaches_silence():
+    """Without foreground the loss is 0 for an empty prediction, and grows with each mark."""
+    empty, losses = torch.zeros(1, 32, 32, dtype=torch.long), []
+    for marked in (0, 1, 10, 100, 1000):
+        foreground = torch.full((1024,), -20.0)
+        foreground[:marked] = 20.0
+        logits = torch.stack([-foreground, foreground]).view(1, 2, 32, 32)
+        entropy = F.cross_entropy(logits, empty)
+        losses.append((train.cross_entropy_and_dice(logits, empty) - entropy).item())
+    # the Dice term: marks / (marks + 1 % of the pixels)
+    assert losses == pytest.approx([n / (n + 10.24) for n in (0, 1, 10, 100, 1000)], abs=1e-4)
 
 
 def test_the_average_follows_the_weights():
@@ -274,7 +288,7 @@ def test_volumes_are_validated_whole():
             return {"image": predicted[chosen], "mask": truth[chosen]}
 
     model = SimpleNamespace(segment=lambda image, generator: image[:, None].float(),
-                            class_ids=SDSeg.class_ids, device="cpu", config=TINY)  # fmt: skip
+                            class_ids=tiny().class_ids, device="cpu", config=TINY)  # fmt: skip
     for batch_size in (1, 16):
         score = train.validate(model, Slices(range(3)), batch_size)
         assert score == pytest.approx((2 / 3 + 1) / 2)

@@ -93,10 +93,10 @@ def prob_of_demo(model, n=4):
     return torch.cat([predict(model, [image])[0] for image in images])
 
 
-def difference(prob, exact):
+def difference(model, prob, exact):
     """Two results (B, C, S, S) of the same images -> a line on how far they are apart."""
     change, k = (prob - exact).abs(), max(2, exact.shape[1])
-    masks = zip(SDSeg.class_ids(prob), SDSeg.class_ids(exact))
+    masks = zip(model.class_ids(prob), model.class_ids(exact))
     same = sum(dice(a, b, k).mean() for a, b in masks) / len(prob)
     return (f"Dice {same:.4f} between the masks; the probabilities differ by {change.mean():.5f} "
             f"on average, by {change.max():.4f} at most")  # fmt: skip
@@ -260,7 +260,8 @@ def main(args):
     if dtype != torch.float32:
         exact = prob_of_demo(model)
         model.for_inference(device, args.precision)
-        print(f"{str(dtype)[6:]} compared with float32: {difference(prob_of_demo(model), exact)}")
+        text = difference(model, prob_of_demo(model), exact)
+        print(f"{str(dtype)[6:]} compared with float32: {text}")
 
     # 2. Memory, before other measurements need some
     images = {n: torch.zeros(n, size, size, 3, device=device).permute(0, 3, 1, 2)  # as `predict`
@@ -273,7 +274,7 @@ def main(args):
         exact, began = prob_of_demo(model), time.perf_counter()
         models["compiled"] = copy.deepcopy(model)
         compile_networks(models["compiled"], mode="reduce-overhead", dynamic=False)
-        text = difference(prob_of_demo(models["compiled"]), exact)
+        text = difference(model, prob_of_demo(models["compiled"]), exact)
         ready = format_duration(time.perf_counter() - began)
         print(f"compiled in {ready} (for each batch size): {text}", flush=True)
     if args.diffusers and config.fusion == "concat":

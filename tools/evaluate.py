@@ -339,10 +339,10 @@ def print_scores(spec, summary, columns):
         print(f"{len(empty)} {unit} have an empty truth: {marked} on average.")
 
 
-def main(args):
+def main(args, model=None):
     # 1. The model, the cases, and where the results go
     device = find_device(args.device)
-    model = SDSeg.load(args.model, device, args.precision)
+    model = model or SDSeg.load(args.model, device, args.precision)
     config = model.config
     if args.split is None:  # that of the training, so that few cases are left out
         args.split = config.split if "cvc" in args.data.split("+") else "random"
