@@ -1,9 +1,9 @@
 """Train SDSeg: `python train.py --data cvc`, and `python train.py --resume runs/cvc`.
 
 tau and the U-Net train; the autoencoder stays frozen. A run's folder holds `model.safetensors`
-(best validation Dice, averaged weights, complete), `resume.pt`, `log.csv`, `samples/STEP.png` and
-`config.json`. Everything random is a function of (seed, step). So a resumed run repeats an
-uninterrupted one, and two processes with half a batch each take the step of one.
+(best validation Dice, averaged weights, complete), `resume.pt`, `log.csv`, `curves.png`,
+`samples/STEP.png` and `config.json`. Everything random is a function of (seed, step). So a resumed
+run repeats an uninterrupted one, and two processes with half a batch each take the step of one.
 Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`.
 `main` tells the story in six phases: what a step draws and loses stands above it, the rest below.
 """
@@ -40,7 +40,7 @@ from support.device import choose_dtype, compile_networks, init_distributed
 from support.folders import image_hashes
 from support.images import write_image
 from support.metrics import latent_std, mean_dice, pixel_counts, vae_dice
-from support.panels import to_uint8
+from support.panels import plot_panels, to_uint8
 from support.weights import DEFAULT_WEIGHTS, read_weights
 
 RECIPES = {  # what the flags leave open, by the preset of the initial weights
@@ -173,6 +173,7 @@ def main(args):
                 score = validate(ema, val_set)
             write_image(folder / f"samples/{done:06d}.png", sample_strip(ema, val_set))
             log.write(step=done, val_dice=score)
+            write_image(folder / "curves.png", plot_panels(curves(log)))
             print0(f"step {done}  {in_words(score)}{'  best' if score > best else ''}")
             if not score <= best:  # better; or undefined, then the last model is kept
                 best = score
@@ -330,6 +331,13 @@ def resume(folder, train_set, state, steps):
         raise UserError(f"{folder}: is at step {values['step']} already; give more --steps")
     print0(f"resumed at step {values['step']}, best {in_words(values['best'])}")
     return values["step"], values["best"]
+
+
+def curves(log):
+    """What a run's curves.png shows, each against the step."""
+    panels = {"losses": run_state.LossMeter.names, "validation Dice": ["val_dice"],
+              "learning rate": ["lr"]}  # fmt: skip
+    return [(f"{title}, by step", log.curves(names)) for title, names in panels.items()]
 
 
 LOG_COLUMNS = ("step", *run_state.LossMeter.names, "lr", "images_per_s", "skipped", "val_dice")
