@@ -447,7 +447,7 @@ def parse_args(argv=None):
     add("--size", type=positive_int, default=64, help="pixels, H = W")
     add("--vae", default=str(DEFAULT_WEIGHTS), metavar="FILE", help="with the f4 autoencoder")
     add("--vae-steps", type=positive_int, default=1500, help="of the f8 autoencoder's training")
-    add("--steps", type=bounded(int, VALIDATIONS), default=900, help="optimiser steps of a run")
+    add("--steps", type=bounded(int, VALIDATIONS), default=600, help="optimiser steps of a run")
     add("--batch-size", type=positive_int, default=64, help="images")
     add("--jobs", type=positive_int, default=1, help="runs side by side, each a process")
     add("--minutes", type=bounded(float, 0), help="then save the unfinished runs and stop")
