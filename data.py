@@ -342,7 +342,7 @@ def random_affine(image, mask, draw):
     """Rotation, scale, shear and shift of image (B, 3, S, S), mask (B, S, S); draw (B, 16)."""
     signed = 2 * draw - 1  # (B, 16) in [-1, 1)
     angle, scale = 0.5 * signed[:, 2], 1.35 ** signed[:, 3]
-    matrix = torch.zeros(len(draw), 2, 3)
+    matrix = draw.new_zeros(len(draw), 2, 3)  # on the device of the draws
     matrix[:, 0, 0], matrix[:, 0, 1] = angle.cos() / scale, -angle.sin() / scale
     matrix[:, 1, 0], matrix[:, 1, 1] = angle.sin() / scale, angle.cos() / scale
     matrix[:, 0, 1] += 0.15 * signed[:, 4]
