@@ -204,7 +204,10 @@ def loss_of(row, model, image, mask, t, noise):
 
 
 class DeviceData:
-    """Training images in their 8 symmetries and validation images, as uint8 on the device."""
+    """Training images in their 8 symmetries and validation images, as uint8 on the device.
+
+    Augmented as in train.py, but without its crops.
+    """
 
     def __init__(self, spec, size, device):
         self.train = SegmentationData(spec, "train", size, "full")
@@ -247,7 +250,7 @@ def load_data(data, root, size, device):
 
 def image_dice(prob, mask):
     """Probabilities (B, 1, S, S), masks (B, S, S) -> B numbers."""
-    ids = SDSeg.class_ids(prob)
+    ids = (prob[:, 0] > 0.5).long()
     counts = [(x.flatten(1).sum(1)).cpu().numpy() for x in (ids * mask, ids, mask)]
     return dice_from_counts(np.stack(counts, 1)).round(4).tolist()
 
