@@ -103,19 +103,22 @@ def read_volume(path, labels=False):
                             "that you want")  # fmt: skip
         if not np.isfinite(image.affine).all():
             raise UserError(f"{path}: its affine holds NaN or infinity; repair the header")
+        values = np.empty(image.shape, np.float32, order="F")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity
-            values = np.asarray(image.dataobj, dtype=np.float32)
+            for i in range(image.shape[-1]):  # in pieces, because scaling takes memory
+                values[..., i] = image.dataobj[..., i]
     except UserError:
         raise
     except Exception as error:  # damaged files make nibabel raise many kinds of exceptions
         raise UserError(images.why_unreadable(path, "NIfTI volume", error)) from None
-    orientation = orientation_of(image.affine)
+    shape, orientation = image.shape, orientation_of(image.affine)
+    geometry = Geometry(image.header, image.affine, shape, orientation)
+    del image  # and with it the file's bytes
     checked = images.finite(
         values, path
     )  # also of labels: a volume without a finite value is refused
     values = images.whole_numbers(values, path) if labels else checked
-    values = nib.apply_orientation(values.reshape((*image.shape, 1)[:3]), orientation)
-    return values, Geometry(image.header, image.affine, image.shape, orientation)
+    return nib.apply_orientation(values.reshape((*shape, 1)[:3]), orientation), geometry
 
 
 def orientation_of(affine):
