@@ -148,6 +148,7 @@ def test_volumes_keep_their_place_in_space(plane, tmp_path):
         masks.append(np.asarray(nib.as_closest_canonical(mask).dataobj))
     assert len({volume.affine.tobytes() for volume in stored.values()}) == len(masks) == 48
     assert set(np.unique(masks[0])) == {0, 1} and all(np.array_equal(masks[0], m) for m in masks)
+    assert not list((tmp_path / "o").glob("*_std*"))  # a deviation is written where asked for
 
 
 @pytest.mark.parametrize("codes", [(1, 1), (1, 0), (0, 2), (0, 0)])
