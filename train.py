@@ -352,7 +352,7 @@ def parse_args(argv=None):
     add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
     add("--size", type=positive_int, help="pixels, H = W (default: that of the weights)")
     add("--context", choices=["repeat", "neighbours"],
-        help="channels of a volume's slice (default: as for the weights)")  # fmt: skip
+        help="a volume slice's channels (default: those of the weights)")  # fmt: skip
     add("--augment", choices=["none", "flip", "full"],
         help=f"full: flips, affine maps, colours {default['augment']}")  # fmt: skip
 
