@@ -43,10 +43,10 @@ from support.panels import to_uint8
 from support.weights import DEFAULT_WEIGHTS, read_weights
 
 RECIPES = {  # what the flags leave open, by the preset of the initial weights
-    "paper": dict(steps=100_000, batch_size=4, lr=4e-5, decay=False, eval_every=2000, ema=0.9999,
-                  terminal_fraction=0.0, mask_weight=0.0, augment="flip"),
-    "nano": dict(steps=5000, batch_size=16, lr=5e-4, decay=True, eval_every=250, ema=0.998,
-                 terminal_fraction=0.875, mask_weight=1.0, augment="full"),
+    "paper": dict(steps=100_000, batch_size=4, lr=4e-5, warmup=1000, decay=False, eval_every=2000,
+                  ema=0.9999, terminal_fraction=0.0, mask_weight=0.0, augment="flip"),
+    "nano": dict(steps=5000, batch_size=16, lr=5e-4, warmup=200, decay=True, eval_every=250,
+                 ema=0.998, terminal_fraction=0.875, mask_weight=1.0, augment="full"),
 }  # fmt: skip
 
 
@@ -182,10 +182,8 @@ def main(args):
 
 
 def learning_rate(step, args, decay):
-    """A linear warm-up over a tenth of the steps, at most 1,000; with `decay` also a linear fall to
-    zero at the last step.
-    """
-    warm = min(1.0, (step + 1) / min(args.steps / 10, 1000))
+    """A linear warm-up; with `decay` also a linear fall to zero at the last step."""
+    warm = min(1.0, (step + 1) / max(args.warmup, 1))
     return args.lr * warm * (1 - step / args.steps if decay else 1)
 
 
@@ -369,6 +367,7 @@ def parse_args(argv=None):
     add("--steps", type=positive_int, help=f"optimiser steps {default['steps']}")
     add("--batch-size", type=positive_int, help=f"images, all GPUs {default['batch_size']}")
     add("--lr", type=amount, help=f"peak learning rate of AdamW {default['lr']}")
+    add("--warmup", type=bounded(int, 0), help=f"steps of warm-up {default['warmup']}")
     add("--eval-every", type=positive_int, help=f"steps between two {default['eval_every']}")
     add("--log-every", type=positive_int, default=25, help="steps between lines of the log")
 

@@ -57,7 +57,7 @@ def place(made, tmp_path, monkeypatch):
 
 
 def arguments(name, *more, steps=6):
-    often = "--batch-size 4 --lr 1e-5 --precision fp32 --eval-every 3 --log-every 2"
+    often = "--batch-size 4 --precision fp32 --eval-every 3 --log-every 2"
     flags = f"--data own --init tiny.safetensors --out {name} --steps {steps} {often}"
     return [*flags.split(), *more]
 
@@ -94,17 +94,6 @@ def test_t_and_noise():
     assert 300 <= alone.count(T - 1) <= 303
     t, _ = draw(4000, (1, 1, 1), seed)
     assert t.min() < 5 and t.max() > 994 and abs(t.float().mean() - 499.5) < 20
-
-
-def test_the_learning_rate():
-    """It rises over a tenth of the steps, at most 1,000; then it stays, or falls to zero."""
-
-    def rates(steps, at, decay=False):
-        return [train.learning_rate(i, SimpleNamespace(lr=1, steps=steps), decay) for i in at]
-
-    assert rates(20, (0, 1, 19)) == [0.5, 1, 1] and rates(1, (0,)) == [1]
-    assert rates(100_000, (499, 999, 99_999)) == [0.5, 1, 1]
-    assert rates(20, (0, 10, 19), decay=True) == pytest.approx([0.5, 0.5, 0.05])
 
 
 def test_only_tau_and_unet_learn():
