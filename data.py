@@ -1,8 +1,9 @@
 """The data sets: where their files are, how they are split, items, augmentation, batches.
 
 Every data set yields the same: image float32 (3, S, S) in [-1, 1], mask int64 (S, S) of class ids,
-name. Volumes are split by volume and cut into axial slices. Reading files that may be damaged, and
-what the masks of a user's own folder mean, is in `support/`; nothing here knows the model.
+name. Volumes are split by volume and cut into slices of one plane. Reading files that may be
+damaged, and what the masks of a user's own folder mean, is in `support/`; nothing here knows the
+model.
 
 Letters: H W the size of a file, Z slices, S the side that the model sees, B batch.
 """
@@ -25,6 +26,7 @@ from support.cli import UserError, print0, rank_and_world_size
 from support.demo_data import draw_demo
 from support.folders import PARTS, Case, DatasetSpec
 from support.images import resize_image, resize_mask
+from support.volumes import choose_plane
 
 # The test images of the public polyp benchmark: {"cvc": 62 names, "kvasir": 100 names}
 POLYP_TEST = json.loads((Path(__file__).parent / "support/polyp_test.json").read_text())
@@ -130,12 +132,19 @@ def find(data, root="data", split="random"):
     if split != "random" and not (known and "cvc" in names):
         raise UserError(f"--split {split}: only cvc has video sequences")
     if not known:
-        return folders.find_own(Path(data))
+        return with_plane(folders.find_own(Path(data)))
     if is_folder and rank_and_world_size()[0] == 0:
         print(f"--data {data}: the data set of that name; write ./{data} for the folder",
               file=sys.stderr)  # fmt: skip
     specs = [FINDERS[name](Path(root), split) for name in names]
-    return specs[0] if len(specs) == 1 else join(data, specs)
+    return with_plane(specs[0] if len(specs) == 1 else join(data, specs))
+
+
+def with_plane(spec):
+    """The training volumes decide how all volumes are sliced."""
+    if not spec.volumes:
+        return spec
+    return replace(spec, plane=choose_plane(case.image for case in spec.splits["train"]))
 
 
 def join(data, specs):
@@ -200,7 +209,7 @@ def load_case(case, spec, remarks=None):
     """
     if case.seed is not None:
         return draw_demo(case.seed, 256)
-    image, mask = folders.read_pair(case, spec.window, [] if remarks is None else remarks)
+    image, mask = folders.read_pair(case, spec, [] if remarks is None else remarks)
     ids = folders.class_ids(mask, spec, case.mask)
     return crop_to_disc(image, mask.values, ids) if spec.label_format == "cup" else (image, ids)
 
@@ -234,14 +243,17 @@ class SegmentationData(torch.utils.data.Dataset):
     """The items of one part, resized to (size, size), decoded once and memory-mapped after that.
 
     `augment`: None, "flip" (flips and quarter turns, exact) or "full" (with crops, scale, shift,
-    rotation, shear and colour). Augmentation is a function of (seed, epoch, index). Volumes are not
-    cropped; those of several classes are not flipped, because the side tells two organs apart.
+    rotation, shear and colour). Augmentation is a function of (seed, epoch, index). Volumes are
+    grey, and their channels may be three slices: they are not cropped, and only contrast and
+    brightness change. Those of several classes are not flipped, because the side tells two organs
+    apart.
     """
 
     def __init__(self, spec, part, size, augment=None, seed=0):
         self.augment, self.seed = augment, seed
         self.flips = not (spec.volumes and len(spec.classes) > 2)
         self.crops = augment == "full" and not spec.volumes
+        self.grey = spec.volumes
         items = load_or_decode(spec, part, size, load_case)
         self.fingerprint, self.images, self.masks, self.names, remarks = items
         named = {case.name: case for case in spec.splits[part]}
@@ -288,7 +300,7 @@ class SegmentationData(torch.utils.data.Dataset):
         if augment == "full":
             draws = torch.from_numpy(np.stack(draws)).float()
             image, mask = random_affine(image, mask, draws)
-            image = colour_jitter(image, draws)
+            image = colour_jitter(image, draws, self.grey)
         return {"image": image, "mask": mask}
 
 
@@ -353,13 +365,18 @@ def random_affine(image, mask, draw):
     return image, mask[:, 0].long()
 
 
-def colour_jitter(image, draw):
-    """Contrast, brightness, tint and saturation of image (B, 3, S, S) in [-1, 1]; draw (B, 16)."""
+def colour_jitter(image, draw, grey=False):
+    """Contrast, brightness and, unless it is `grey`, tint and saturation of image (B, 3, S, S) in
+    [-1, 1]; draw (B, 16).
+    """
     signed = 2 * draw - 1
     contrast, light, saturation = (signed[:, i].view(-1, 1, 1, 1) for i in (7, 8, 9))
-    image = (image * (1 + 0.3 * contrast) + 0.2 * light) * (1 + 0.12 * signed[:, 10:13, None, None])
-    grey = image.mean(1, keepdim=True)
-    return (grey + (image - grey) * (1 + 0.4 * saturation)).clamp(-1, 1)
+    image = image * (1 + 0.3 * contrast) + 0.2 * light
+    if not grey:
+        image = image * (1 + 0.12 * signed[:, 10:13, None, None])
+        mean = image.mean(1, keepdim=True)
+        image = mean + (image - mean) * (1 + 0.4 * saturation)
+    return image.clamp(-1, 1)
 
 
 # ---- batches ----

@@ -39,6 +39,8 @@ class SDSegConfig:
     # What inference must repeat:
     image_size: int = 256  # H = W
     window: tuple[float, float] | None = None  # intensity window of volumes; None: of each volume
+    plane: Literal["axial", "coronal", "sagittal"] = "axial"  # of the slices of volumes
+    context: Literal["repeat", "neighbours"] = "repeat"  # the 3 channels of a slice
     data: str = ""  # name of the data set; empty: never trained
     split: Literal["random", "sequence"] = "random"  # how the data set was split
     classes: tuple[str, ...] = ("background", "foreground")  # names of the class ids 0, 1, ..

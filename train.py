@@ -99,6 +99,7 @@ def main(args):
     init, why = resolve_defaults(args, world_size)
     spec = find(args.data, args.root, args.split)
     model = make_model(args, spec, init)
+    spec = replace(spec, context=model.config.context)
     print0(f"{'goes on with' if args.resume else 'starts from'} {init}: {why}")
     size, augment = model.config.image_size, None if args.augment == "none" else args.augment
     train_set = SegmentationData(spec, "train", size, augment, args.seed)
@@ -283,11 +284,14 @@ def recipe_of(config):
 
 def make_model(args, spec, init):
     """The model to train, from the initial weights and what the flags change."""
-    asked = dict(prediction=args.prediction, fusion=args.fusion, image_size=args.size)
+    if args.context == "neighbours" and not spec.volumes:
+        raise UserError(f"--context neighbours: {spec.name} holds images; only volumes have slices")
+    asked = dict(prediction=args.prediction, fusion=args.fusion, image_size=args.size,
+                 context=args.context)  # fmt: skip
     asked = {name: value for name, value in asked.items() if value}
     asked |= dict(threshold=0.5, smallest_area=0.0)  # those of other weights mean nothing here
-    vae_only = args.fresh and init == args.init
-    model = from_pretrained(init, vae_only, classes=spec.classes, window=spec.window, **asked)
+    asked |= dict(classes=spec.classes, window=spec.window, plane=spec.plane)
+    model = from_pretrained(init, args.fresh and init == args.init, **asked)
     config, val = model.config, image_hashes(spec.splits["val"])
     seen = len(set(config.trained_on) & set(val))
     same_data = set(config.data.split("+")) & set(spec.name.split("+"))
@@ -365,6 +369,8 @@ def parse_args(argv=None):
     add("--root", default="data", help="where the data sets are")
     add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
     add("--size", type=positive_int, help="pixels, H = W (default: that of the weights)")
+    add("--context", choices=["repeat", "neighbours"],
+        help="a volume slice's channels (default: those of the weights)")  # fmt: skip
     add("--augment", choices=["none", "flip", "full"],
         help=f"full: flips, affine maps, colours {default['augment']}")  # fmt: skip
 

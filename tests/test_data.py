@@ -244,7 +244,27 @@ def test_own_volumes(k, tmp_path):
     assert items[0]["image"].shape == (3, 16, 16) and items[2]["mask"].max() == k - 1
     flipped, same = (items.batch([(e, i) for i in range(9)])["image"] for e in (0, None))
     assert torch.equal(flipped, same) == (k > 2)
-    assert not SegmentationData(spec, "train", 16, "full").crops
+    full = SegmentationData(spec, "train", 16, "full")
+    grey = full.batch([(0, i) for i in range(9)])["image"]
+    assert torch.equal(grey[:, 0], grey[:, 2]) and not torch.equal(grey, same) and not full.crops
+
+
+def test_the_training_volumes_decide_how_all_are_sliced(tmp_path, capsys):
+    """Sagittal stacks are cut into sagittal slices; another context is other items; it is said."""
+    names = [f"{i}.nii" for i in range(4)]
+    volumes(tmp_path, *BOTH, [(name, name) for name in names])
+    for path in [tmp_path / f / name for f in BOTH for name in names[1:]]:
+        values = np.asarray(nib.load(path).dataobj)
+        nib.save(nib.Nifti1Image(values, np.diag([3, 1, 1, 1])), path)
+    write(tmp_path, "split", {"train": ["1", "2"], "val": ["3"], "test": ["0"]})
+    spec = find(str(tmp_path))
+    assert spec.plane == "sagittal" and load_case(spec.splits["test"][0], spec)[1].shape[0] == 12
+    around = replace(spec, context="neighbours")
+    repeat, three = (SegmentationData(s, "train", 16).images for s in (spec, around))
+    assert np.array_equal(repeat[4], np.stack([three[4, ..., 1]] * 3, -1))
+    assert np.array_equal(three[5, ..., 0], repeat[4, ..., 0])
+    check(tmp_path, "--out", tmp_path / "sheet.png")
+    assert "2 classes (background, foreground), sagittal slices" in capsys.readouterr().out
 
 
 def each(root, change, *folders):

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -12,6 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -355,6 +358,23 @@ def test_the_flag_augment_reaches_the_data(flag, augment, monkeypatch):
     with pytest.raises(Seen) as seen:
         train.main(train.parse_args(arguments("run", "--augment", flag)))
     assert seen.value.args == (augment,)
+
+
+def test_how_volumes_are_sliced_is_kept_with_the_model():
+    """Plane and context, also in a resumed run; a later run takes the context of its weights."""
+    for i, name in itertools.product(range(4), ("images", "masks")):
+        values = np.zeros((2, 12, 12), np.int16)
+        values[:, 2 + i : 8, 3:9] = 1
+        Path("stacks", name).mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(values, np.diag([4, 1, 1, 1])), f"stacks/{name}/{i}.nii")
+    run("first", "--data=stacks", "--context=neighbours", steps=1)
+    resume("first", "--steps=2")
+    run("second", "--data=stacks", "--init=first/model.safetensors", steps=1)
+    for name in ("first", "second"):
+        config = SDSeg.load(f"{name}/model.safetensors").config
+        assert (config.plane, config.context) == ("sagittal", "neighbours")
+    with pytest.raises(UserError, match="own holds images"):
+        run("third", "--context=neighbours")
 
 
 @pytest.mark.parametrize("words, flags", [
