@@ -17,7 +17,7 @@ from data import SegmentationData, find
 from sdseg import PRESETS, SDSeg, SDSegConfig, class_colours, from_pretrained
 from support.cli import UserError
 from support.weights import read_weights
-from tools import benchmark, calibrate, figures, train_vae
+from tools import benchmark, calibrate, evaluate, figures, plain_unet, train_vae
 
 CPU = torch.device("cpu")
 
@@ -91,6 +91,24 @@ def test_a_threshold_is_chosen_on_validation_images(tmp_path, monkeypatch, capsy
     assert config.threshold > 0.5 and f"threshold {config.threshold}" in text
     before, after = (float(x) for x in re.findall(r"false alarms on ([\d.]+)%", text))
     assert after < before
+
+
+# ---- plain_unet ----
+
+
+def test_a_plain_unet_trains_and_is_scored_as_ours(tmp_path, capsys):
+    """The same cases in the same cases.csv, so that `--against` compares both by image."""
+    pytest.importorskip("monai", reason="MONAI is optional and not installed")
+    folder, out = str(disc_folder(tmp_path / "own")), tmp_path / "run"
+    flags = ["--data", folder, "--size", "32", "--steps", "2", "--batch-size", "2"]
+    plain_unet.main(plain_unet.parse_args([*flags, "--score", folder, "--out", str(out)]))
+    assert "validation Dice" in capsys.readouterr().out
+    theirs = (out / "eval-own-test/cases.csv").read_text().splitlines()
+    file = save_tiny(tmp_path / "tiny.safetensors")
+    flags = ["--data", folder, "--model", file, "--out", str(tmp_path / "ours"), "--device", "cpu"]
+    evaluate.main(evaluate.parse_args(flags))
+    ours = (tmp_path / "ours/cases.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in ours] == [row.split(",")[0] for row in theirs]
 
 
 # ---- benchmark ----

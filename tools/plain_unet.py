@@ -46,7 +46,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-class PlainUNet(nn.Module):
+class MonaiUNet(nn.Module):
     """BasicUNet with the methods of SDSeg that validation and evaluation call."""
 
     class_ids = SDSeg.class_ids
@@ -87,7 +87,7 @@ def main(args):
     train_set = SegmentationData(spec, "train", args.size, RECIPE["augment"], args.seed)
     val_set = SegmentationData(spec, "val", args.size)
     config = replace(SDSegConfig("plain U-Net"), classes=spec.classes, image_size=args.size)
-    model = PlainUNet(train.remember_images(config, spec, args.split))
+    model = MonaiUNet(train.remember_images(config, spec, args.split))
     if args.init:
         load_strict(model, read_weights(args.init, SDSegConfig)[1], args.init)
     model.to(device)
