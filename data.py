@@ -1,8 +1,9 @@
 """The data sets: where their files are, how they are split, items, augmentation, batches.
 
 Every data set yields the same: image float32 (3, S, S) in [-1, 1], mask int64 (S, S) of class ids,
-name. Volumes are split by volume and cut into axial slices. Reading files that may be damaged, and
-what the masks of a user's own folder mean, is in `support/`; nothing here knows the model.
+name. Volumes are split by volume and cut into slices of one plane. Reading files that may be
+damaged, and what the masks of a user's own folder mean, is in `support/`; nothing here knows the
+model.
 
 Letters: H W the size of a file, Z slices, S the side that the model sees, B batch.
 """
@@ -24,6 +25,8 @@ from support.cache import load_or_decode
 from support.cli import UserError, print0, rank_and_world_size
 from support.demo_data import draw_demo
 from support.folders import PARTS, Case, DatasetSpec
+from support.images import resize_image, resize_mask
+from support.volumes import choose_plane
 
 # The test images of the public polyp benchmark: {"cvc": 62 names, "kvasir": 100 names}
 POLYP_TEST = json.loads((Path(__file__).parent / "support/polyp_test.json").read_text())
@@ -129,12 +132,19 @@ def find(data, root="data", split="random"):
     if split != "random" and not (known and "cvc" in names):
         raise UserError(f"--split {split}: only cvc has video sequences")
     if not known:
-        return folders.find_own(Path(data))
+        return with_plane(folders.find_own(Path(data)))
     if is_folder and rank_and_world_size()[0] == 0:
         print(f"--data {data}: the data set of that name; write ./{data} for the folder",
               file=sys.stderr)  # fmt: skip
     specs = [FINDERS[name](Path(root), split) for name in names]
-    return specs[0] if len(specs) == 1 else join(data, specs)
+    return with_plane(specs[0] if len(specs) == 1 else join(data, specs))
+
+
+def with_plane(spec):
+    """The training volumes decide how all volumes are sliced."""
+    if not spec.volumes:
+        return spec
+    return replace(spec, plane=choose_plane(case.image for case in spec.splits["train"]))
 
 
 def join(data, specs):
@@ -199,7 +209,7 @@ def load_case(case, spec, remarks=None):
     """
     if case.seed is not None:
         return draw_demo(case.seed, 256)
-    image, mask = folders.read_pair(case, spec.window, [] if remarks is None else remarks)
+    image, mask = folders.read_pair(case, spec, [] if remarks is None else remarks)
     ids = folders.class_ids(mask, spec, case.mask)
     return crop_to_disc(image, mask.values, ids) if spec.label_format == "cup" else (image, ids)
 
@@ -232,14 +242,18 @@ def crop_to_disc(image, values, ids):
 class SegmentationData(torch.utils.data.Dataset):
     """The items of one part, resized to (size, size), decoded once and memory-mapped after that.
 
-    `augment`: None, "flip" (flips and quarter turns, exact) or "full" (with scale, shift, rotation,
-    shear and colour). Augmentation is a function of (seed, epoch, index). Volumes of several
-    classes are never flipped, because the side often tells two organs apart.
+    `augment`: None, "flip" (flips and quarter turns, exact) or "full" (with crops, scale, shift,
+    rotation, shear and colour). Augmentation is a function of (seed, epoch, index). Volumes are
+    grey, and their channels may be three slices: they are not cropped, and only contrast and
+    brightness change. Those of several classes are not flipped, because the side tells two organs
+    apart.
     """
 
     def __init__(self, spec, part, size, augment=None, seed=0):
         self.augment, self.seed = augment, seed
         self.flips = not (spec.volumes and len(spec.classes) > 2)
+        self.crops = augment == "full" and not spec.volumes
+        self.grey = spec.volumes
         items = load_or_decode(spec, part, size, load_case)
         self.fingerprint, self.images, self.masks, self.names, remarks = items
         named = {case.name: case for case in spec.splits[part]}
@@ -258,7 +272,9 @@ class SegmentationData(torch.utils.data.Dataset):
         return any(mask.any() for mask in self.masks)
 
     def draw(self, epoch, index):
-        """16 numbers in [0, 1): 0, 1 for the symmetry, 2 to 6 the affine map, 7 to 12 colours."""
+        """16 numbers in [0, 1): 0, 1 for the symmetry, 2 to 6 the affine map, 7 to 12 colours,
+        13 to 15 the crop.
+        """
         return np.random.default_rng([self.seed, epoch, index]).random(16)
 
     def symmetry_ids(self, samples):
@@ -274,6 +290,8 @@ class SegmentationData(torch.utils.data.Dataset):
         masks = [np.asarray(self.masks[i]) for _, i in samples]
         augment = self.augment if samples[0][0] is not None else None
         draws = [self.draw(e, i) for e, i in samples] if augment else []
+        if augment and self.crops:
+            images, masks = zip(*map(random_crop, images, masks, draws))
         if augment and self.flips:
             flipped = [symmetry(x, y, symmetry_of(d)) for x, y, d in zip(images, masks, draws)]
             images, masks = zip(*flipped)
@@ -282,11 +300,43 @@ class SegmentationData(torch.utils.data.Dataset):
         if augment == "full":
             draws = torch.from_numpy(np.stack(draws)).float()
             image, mask = random_affine(image, mask, draws)
-            image = colour_jitter(image, draws)
+            image = colour_jitter(image, draws, self.grey)
         return {"image": image, "mask": mask}
 
 
 # ---- augmentation: image and mask move together ----
+
+
+def random_crop(image, mask, draw):
+    """Three of ten images become a square crop, and two of the three crops avoid the foreground.
+
+    Most medical data sets hold no image without a lesion, so a network learns to mark something
+    everywhere. The other crops lie anywhere: a blurred image may hold a lesion too.
+    """
+    if draw[13] > 0.3:
+        return image, mask
+    side = int(len(mask) * (0.3 + 0.4 * draw[14]))
+    return square_crop(image, mask, side, draw[15], draw[13] < 0.2) or (image, mask)
+
+
+def square_crop(image, mask, side, position, avoid_foreground):
+    """A square of image (S, S, 3) and mask (S, S), enlarged to S. `position` is in [0, 1).
+
+    With `avoid_foreground` the square holds none, and less than a tenth of it is black; None if
+    there is no such square.
+    """
+    size, n = len(mask), len(mask) - side + 1
+    spots = np.arange(n * n)  # where the top left corner may be
+    if avoid_foreground:
+        cost = np.where(mask > 0, side**2, 10 * (image.max(2) < 20))
+        total = np.pad(cost.cumsum(0).cumsum(1), ((1, 0), (1, 0)))
+        total = total[side:] - total[:-side]
+        spots = np.flatnonzero(total[:, side:] - total[:, :-side] < side**2)
+        if not len(spots):
+            return None
+    top, left = divmod(int(spots[int(position * len(spots))]), n)
+    square = np.s_[top : top + side, left : left + side]
+    return resize_image(image[square], size), resize_mask(mask[square], size)
 
 
 def symmetry_of(draw):
@@ -304,7 +354,7 @@ def random_affine(image, mask, draw):
     """Rotation, scale, shear and shift of image (B, 3, S, S), mask (B, S, S); draw (B, 16)."""
     signed = 2 * draw - 1  # (B, 16) in [-1, 1)
     angle, scale = 0.5 * signed[:, 2], 1.35 ** signed[:, 3]
-    matrix = torch.zeros(len(draw), 2, 3)
+    matrix = draw.new_zeros(len(draw), 2, 3)  # on the device of the draws
     matrix[:, 0, 0], matrix[:, 0, 1] = angle.cos() / scale, -angle.sin() / scale
     matrix[:, 1, 0], matrix[:, 1, 1] = angle.sin() / scale, angle.cos() / scale
     matrix[:, 0, 1] += 0.15 * signed[:, 4]
@@ -315,13 +365,18 @@ def random_affine(image, mask, draw):
     return image, mask[:, 0].long()
 
 
-def colour_jitter(image, draw):
-    """Contrast, brightness, tint and saturation of image (B, 3, S, S) in [-1, 1]; draw (B, 16)."""
+def colour_jitter(image, draw, grey=False):
+    """Contrast, brightness and, unless it is `grey`, tint and saturation of image (B, 3, S, S) in
+    [-1, 1]; draw (B, 16).
+    """
     signed = 2 * draw - 1
     contrast, light, saturation = (signed[:, i].view(-1, 1, 1, 1) for i in (7, 8, 9))
-    image = (image * (1 + 0.3 * contrast) + 0.2 * light) * (1 + 0.12 * signed[:, 10:13, None, None])
-    grey = image.mean(1, keepdim=True)
-    return (grey + (image - grey) * (1 + 0.4 * saturation)).clamp(-1, 1)
+    image = image * (1 + 0.3 * contrast) + 0.2 * light
+    if not grey:
+        image = image * (1 + 0.12 * signed[:, 10:13, None, None])
+        mean = image.mean(1, keepdim=True)
+        image = mean + (image - mean) * (1 + 0.4 * saturation)
+    return image.clamp(-1, 1)
 
 
 # ---- batches ----

@@ -111,12 +111,12 @@ def predict_masks(model, images, args):
 # ---- from files to files ----
 
 
-def read_slices(path, window):
+def read_slices(path, config):
     """-> slices uint8 (Z, H, W, 3), and the Geometry of a volume; of an image Z = 1, and None."""
     if not is_volume(path):
         return read_image(path)[None], None
     volume, geometry = read_volume(path)
-    return slices_to_uint8(volume, window), geometry
+    return slices_to_uint8(volume, config.window, config.plane, config.context), geometry
 
 
 def segment_files(model, jobs, args, pool):
@@ -125,8 +125,8 @@ def segment_files(model, jobs, args, pool):
     The threads of `pool` read and write, because a PNG takes as long as a small network.
     """
     # 1. Read
-    start = time.monotonic()
-    readings = [pool.submit(read_slices, source, model.config.window) for source, _ in jobs]
+    start, config = time.monotonic(), model.config
+    readings = [pool.submit(read_slices, source, config) for source, _ in jobs]
     files = {}
     for job, reading in zip(jobs, readings):
         try:
@@ -137,12 +137,16 @@ def segment_files(model, jobs, args, pool):
     # 2. Segment and write
     images = [image for slices, _ in files.values() for image in slices]
     masks = predict_masks(model, images, args)
-    classes, writings = model.config.classes, []
+    classes, writings = config.classes, []
     for (source, target), (slices, geometry) in files.items():
-        ids, std = zip(*islice(masks, len(slices)))
-        ids = np.stack(ids)
-        std = np.stack(std) if args.samples > 1 else None
-        writing = pool.submit(write_results, target, slices, ids, std, geometry, len(classes))
+        ids = np.empty(slices.shape[:3], np.uint8)
+        std = np.empty(ids.shape, np.float32) if args.samples > 1 else None
+        for i, (mask, deviation) in enumerate(islice(masks, len(ids))):
+            ids[i] = mask
+            if std is not None:
+                std[i] = deviation
+        writing = pool.submit(write_results, target, slices, ids, std, geometry, config.plane,
+                              len(classes))  # fmt: skip
         writings.append((source, ids if geometry else ids[0], writing))
 
     # 3. Report

@@ -16,6 +16,7 @@ from torch import nn
 
 from support.cli import UserError, one_line
 from support.device import place_for_inference
+from support.metrics import remove_small
 from support.weights import load_strict, read_weights, write_weights
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VAEConfig, VisionEncoder
@@ -38,9 +39,13 @@ class SDSegConfig:
     # What inference must repeat:
     image_size: int = 256  # H = W
     window: tuple[float, float] | None = None  # intensity window of volumes; None: of each volume
+    plane: Literal["axial", "coronal", "sagittal"] = "axial"  # of the slices of volumes
+    context: Literal["repeat", "neighbours"] = "repeat"  # the 3 channels of a slice
     data: str = ""  # name of the data set; empty: never trained
     split: Literal["random", "sequence"] = "random"  # how the data set was split
     classes: tuple[str, ...] = ("background", "foreground")  # names of the class ids 0, 1, ..
+    threshold: float = 0.5  # two classes: foreground is above; see tools/calibrate.py
+    smallest_area: float = 0.0  # two classes: share of the image below which a region is dropped
     trained_on: tuple[str, ...] = ()  # hashes of the training images, which evaluation leaves out
     version: Literal[1] = 1  # of this format
 
@@ -256,14 +261,16 @@ class SDSeg(nn.Module):
             return ((rgb.mean(1, keepdim=True) + 1) / 2).clamp(0, 1)
         return self.logits(rgb).softmax(1)
 
-    @staticmethod
-    def class_ids(prob):
+    def class_ids(self, prob):
         """Probabilities (.., 1 or K, H, W) -> class ids (.., H, W) uint8.
 
-        Two classes: foreground above 0.5. More: the most probable class.
+        Two classes: foreground above the config's threshold, without regions that are smaller than
+        its smallest area. More: the most probable class.
         """
-        binary = prob.shape[-3] == 1
-        return (prob.squeeze(-3) > 0.5 if binary else prob.argmax(-3)).to(torch.uint8)
+        if prob.shape[-3] > 1:
+            return prob.argmax(-3).to(torch.uint8)
+        ids = (prob.squeeze(-3) > self.config.threshold).to(torch.uint8)
+        return remove_small(ids, self.config.smallest_area)
 
     @property
     def device(self):
@@ -365,7 +372,8 @@ def validate_config(config):
     """Raise UserError for a config, read from a file, that describes no network of ours."""
     u, v, cross = config.unet, config.vae, config.fusion == "cross"
     levels, z = (len(u.channel_mult), len(v.ch_mult)), v.z_channels
-    if not (min(levels) and max(*levels, u.num_res_blocks, v.num_res_blocks) <= 8):
+    blocks = u.num_res_blocks, v.num_res_blocks, v.decoder_res_blocks or 1
+    if not (min(levels) and max(*levels, *blocks) <= 8):
         raise UserError("config has no levels, or too many levels or blocks")
     unit = 2 ** (sum(levels) - 2)  # every level but the last halves the side
     if config.image_size % unit:

@@ -1,9 +1,9 @@
 """Train SDSeg: `python train.py --data cvc`, and `python train.py --resume runs/cvc`.
 
 tau and the U-Net train; the autoencoder stays frozen. A run's folder holds `model.safetensors`
-(best validation Dice, averaged weights, complete), `resume.pt`, `log.csv`, `samples/STEP.png` and
-`config.json`. Everything random is a function of (seed, step). So a resumed run repeats an
-uninterrupted one, and two processes with half a batch each take the step of one.
+(best validation Dice, averaged weights, complete), `resume.pt`, `log.csv`, `curves.png`,
+`samples/STEP.png` and `config.json`. Everything random is a function of (seed, step). So a resumed
+run repeats an uninterrupted one, and two processes with half a batch each take the step of one.
 Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`.
 `main` tells the story in six phases: what a step draws and loses stands above it, the rest below.
 """
@@ -11,6 +11,7 @@ Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`.
 import contextlib
 import copy
 import math
+import os
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -41,7 +42,7 @@ from support.device import choose_dtype, compile_networks, init_distributed
 from support.folders import image_hashes
 from support.images import write_image
 from support.metrics import latent_std, mean_dice, pixel_counts, vae_dice
-from support.panels import to_uint8
+from support.panels import plot_panels, to_uint8
 from support.small_gpu import is_too_small, save_memory
 from support.weights import DEFAULT_WEIGHTS, read_weights
 
@@ -67,19 +68,27 @@ def sample_t_and_noise(n, latent_shape, generator=None, terminal_fraction=0.0, f
 
 
 def decoded_mask_loss(model, z_0_estimate, mask, t):
-    """Beyond the paper: cross-entropy + 1 - Dice of the decoded mask, of samples at t = T - 1.
+    """Beyond the paper: the loss on the decoded mask of the samples at t = T - 1.
 
     z_0_estimate (B, 4, h, w), mask (B, H, W), t (B,) on the CPU -> a mean over all B samples.
     """
     at_end = (t == T - 1).nonzero()[:, 0].to(mask.device, non_blocking=True)
     if len(at_end) == 0:
         return z_0_estimate.new_zeros(())
-    logits, mask = model.logits(model.decode_mask(z_0_estimate[at_end])), mask[at_end]
+    logits = model.logits(model.decode_mask(z_0_estimate[at_end]))
+    return cross_entropy_and_dice(logits, mask[at_end]) * (len(at_end) / len(t))
+
+
+def cross_entropy_and_dice(logits, mask):
+    """logits (B, K, H, W), mask (B, H, W) class ids -> cross-entropy + 1 - soft Dice, a scalar."""
     p = logits.softmax(1)[:, 1:]
     y = F.one_hot(mask, logits.shape[1]).permute(0, 3, 1, 2)[:, 1:].to(p.dtype)
-    overlap, size = (p * y).sum((2, 3)), p.sum((2, 3)) + y.sum((2, 3))
-    dice = ((2 * overlap + 1) / (size + 1)).mean()
-    return (F.cross_entropy(logits, mask) + 1 - dice) * (len(at_end) / len(t))
+    overlap, truth = (p * y).sum((2, 3)), y.sum((2, 3))
+    # Where the truth is empty, 1 % of the image counts as found. So the term falls steadily to
+    # zero as the marks vanish; with 1 pixel it would be near 1 until the last of them.
+    found = torch.where(truth > 0, 1.0, 0.01 * mask[0].numel())
+    dice = (2 * overlap + found) / (p.sum((2, 3)) + truth + found)
+    return F.cross_entropy(logits, mask) + 1 - dice.mean()
 
 
 def main(args):
@@ -93,6 +102,7 @@ def main(args):
     init, why = resolve_defaults(args, world_size, device)
     spec = find(args.data, args.root, args.split)
     model = make_model(args, spec, init)
+    spec = replace(spec, context=model.config.context)
     print0(f"{'goes on with' if args.resume else 'starts from'} {init}: {why}")
     size, augment = model.config.image_size, None if args.augment == "none" else args.augment
     train_set = SegmentationData(spec, "train", size, augment, args.seed)
@@ -129,7 +139,7 @@ def main(args):
     on_gpu, n = device.type == "cuda", args.batch_size
     batches = TrainingBatches(train_set, n, args.seed, rank, world_size)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, args.steps),
-                        num_workers=4 * on_gpu, pin_memory=on_gpu,
+                        num_workers=on_gpu * min(12, os.cpu_count()), pin_memory=on_gpu,
                         worker_init_fn=run_state.ignore_stop_signals)  # fmt: skip
 
     # 5. The loop; it waits for the GPU only to log and to validate
@@ -170,8 +180,8 @@ def main(args):
         done = step + 1
         due = done % args.eval_every == 0 or done == args.steps
         if due or done % ema_every == 0:
-            since = max(step // k * k for k in (ema_every, args.eval_every))
-            update_ema(averages, trained, range(since, done), recipe["ema"])
+            first = max(step // k * k for k in (ema_every, args.eval_every))
+            update_ema(averages, trained, step, recipe["ema"], first)
         meter.update(losses, torch.cat(latent_losses), t, gradient_norm)
 
         # 6. Log, validate, save
@@ -186,6 +196,7 @@ def main(args):
                 score = validate(judged, val_set, batch_size=4 if small else 16)
             write_image(folder / f"samples/{done:06d}.png", sample_strip(judged, val_set))
             log.write(step=done, val_dice=score)
+            write_image(folder / "curves.png", plot_panels(curves(log)))
             print0(f"step {done}  {in_words(score)}{'  best' if score > best else ''}")
             if not score <= best:  # better; or undefined, then the last model is kept
                 best = score
@@ -236,10 +247,11 @@ def average_every(decay):
 
 
 @torch.no_grad()
-def update_ema(averages, trained, steps, decay):
-    """Move the averages towards the parameters, by as much as in all these `steps` together."""
-    # (1 + step) / (10 + step): forget the start quickly
-    weight = 1 - math.prod(min(decay, (1 + step) / (10 + step)) for step in steps)
+def update_ema(averages, trained, step, decay, first=None):
+    """Move the averages towards the parameters, by as much as in all steps since `first`."""
+    steps = range(step if first is None else first, step + 1)
+    # (1 + i) / (10 + i): forget the start quickly
+    weight = 1 - math.prod(min(decay, (1 + i) / (10 + i)) for i in steps)
     if averages[0].device == trained[0].device:
         return torch._foreach_lerp_(averages, trained, weight)
     for average, p in zip(averages, trained):  # one at a time, because host memory is short too
@@ -320,10 +332,14 @@ def recipe_of(config):
 
 def make_model(args, spec, init):
     """The model to train, from the initial weights and what the flags change."""
-    asked = dict(prediction=args.prediction, fusion=args.fusion, image_size=args.size)
+    if args.context == "neighbours" and not spec.volumes:
+        raise UserError(f"--context neighbours: {spec.name} holds images; only volumes have slices")
+    asked = dict(prediction=args.prediction, fusion=args.fusion, image_size=args.size,
+                 context=args.context)  # fmt: skip
     asked = {name: value for name, value in asked.items() if value}
-    vae_only = args.fresh and init == args.init
-    model = from_pretrained(init, vae_only, classes=spec.classes, window=spec.window, **asked)
+    asked |= dict(threshold=0.5, smallest_area=0.0)  # those of other weights mean nothing here
+    asked |= dict(classes=spec.classes, window=spec.window, plane=spec.plane)
+    model = from_pretrained(init, args.fresh and init == args.init, **asked)
     config, val = model.config, image_hashes(spec.splits["val"])
     seen = len(set(config.trained_on) & set(val))
     same_data = set(config.data.split("+")) & set(spec.name.split("+"))
@@ -369,6 +385,13 @@ def resume(folder, train_set, state, steps):
     return values["step"], values["best"]
 
 
+def curves(log):
+    """What a run's curves.png shows, each against the step."""
+    panels = {"losses": run_state.LossMeter.names, "validation Dice": ["val_dice"],
+              "learning rate": ["lr"]}  # fmt: skip
+    return [(f"{title}, by step", log.curves(names)) for title, names in panels.items()]
+
+
 LOG_EVERY = 25  # steps between two lines of the log
 LOG_COLUMNS = ("step", *run_state.LossMeter.names, "lr", "images_per_s", "skipped", "val_dice")
 
@@ -406,6 +429,8 @@ def parse_args(argv=None):
     add("--root", default="data", help="where the data sets are")
     add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
     add("--size", type=positive_int, help="pixels, H = W (default: that of the weights)")
+    add("--context", choices=["repeat", "neighbours"],
+        help="a volume slice's channels (default: those of the weights)")  # fmt: skip
     add("--augment", choices=["none", "flip", "full"],
         help=f"full: flips, affine maps, colours {default['augment']}")  # fmt: skip
 

@@ -23,8 +23,9 @@ from support.fast_ops import GroupNorm, Upsample
 class VAEConfig:
     ch: int = 128  # channels at full resolution
     ch_mult: tuple[int, ...] = (1, 2, 4, 4)  # one level each; all but the last halve H and W
-    num_res_blocks: int = 2  # per level of the encoder; the decoder has one more
+    num_res_blocks: int = 2  # per level of the encoder
     z_channels: int = 4
+    decoder_res_blocks: int | None = None  # per level of the decoder; None: one more
 
 
 def norm(channels):
@@ -147,10 +148,11 @@ class Decoder(nn.Module):
     def __init__(self, config):
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
+        blocks = config.decoder_res_blocks or config.num_res_blocks + 1
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1])
         self.up = nn.ModuleList(  # up.0 is the finest level and runs last: CompVis counts so
-            UpLevel(c_in, c_out, config.num_res_blocks + 1, last=i == 0)
+            UpLevel(c_in, c_out, blocks, last=i == 0)
             for i, (c_in, c_out) in enumerate(zip([*widths[1:], widths[-1]], widths))
         )
         self.norm_out = norm(widths[0])

@@ -24,7 +24,8 @@ VERSION = 7  # of the items; raise it when reading or resizing changes
 
 def fingerprint(spec, part, size):
     """A hash of all that decides what a part's items look like, the files' bytes included."""
-    facts = [VERSION, spec.name, part, size, spec.classes, spec.label_format, spec.window]
+    facts = [VERSION, spec.name, part, size, spec.classes, spec.label_format, spec.window,
+             spec.plane, spec.context]  # fmt: skip
     for case in spec.splits[part]:
         hashes = [file_hash(path) for path in (case.image, case.mask) if path]
         facts.append((case.name, case.seed, hashes))

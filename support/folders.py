@@ -50,6 +50,8 @@ class DatasetSpec:
     volumes: bool = False
     palette: dict = field(default_factory=dict)  # class id -> colour, where masks have a palette
     not_read: str = ""  # files of other kinds in its folders, counted
+    plane: str = "axial"  # of the slices of volumes, see `volumes.choose_plane`
+    context: str = "repeat"  # their three channels, see `volumes.slices_to_uint8`
 
 
 # ---- files ----
@@ -200,7 +202,7 @@ def suffix_note(lone_images, lone_masks):
     return ""
 
 
-def read_pair(case, window, remarks):
+def read_pair(case, spec, remarks):
     """-> image uint8 (H, W, 3) and its Mask (H, W); of a volume (Z, H, W, 3) and (Z, H, W).
 
     What may be wrong without being an error is appended to `remarks`. Raises UserError.
@@ -208,8 +210,8 @@ def read_pair(case, window, remarks):
     mask, mask_geometry = load_mask(case)
     if mask_geometry:
         volume, geometry = volumes.read_volume(case.image)
-        image = volumes.slices_to_uint8(volume, window)
-        mask = mask._replace(values=volumes.slices_of(mask.values))
+        image = volumes.slices_to_uint8(volume, spec.window, spec.plane, spec.context)
+        mask = mask._replace(values=volumes.slices_of(mask.values, spec.plane))
         remark = volumes.compare_grids(geometry, mask_geometry, case.mask)
     else:
         image = images.read_image(case.image)

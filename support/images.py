@@ -90,7 +90,7 @@ def finite(values, path):
         return values
     if not good.any():
         raise UserError(f"{path}: no value is finite")
-    low, high = values[good].min(), values[good].max()
+    low, high = values.min(where=good, initial=np.inf), values.max(where=good, initial=-np.inf)
     return np.nan_to_num(values, nan=low, neginf=low, posinf=high)
 
 

@@ -109,12 +109,11 @@ def nearest_distances(a, b, spacing):
     return np.sqrt(nearest)
 
 
-def count_components(mask, other):
-    """-> the number of connected components of `mask`, the number that `other` overlaps.
+def label_components(mask):
+    """bool array -> an int array: 0 outside the mask, one number for each connected component.
 
-    Two bool arrays. Pixels are connected if they touch, corners included: 8 neighbours in 2-D, 26
-    in 3-D. Runs of pixels along the last axis are numbered; runs that touch then share the largest
-    number.
+    Pixels are connected if they touch, corners included: 8 neighbours in 2-D, 26 in 3-D. Runs of
+    pixels along the last axis are numbered; runs that touch then share the largest number.
     """
     padded = np.pad(mask, 1)
     first = padded & ~np.roll(padded, 1, -1)  # the first pixel of each run
@@ -130,7 +129,27 @@ def count_components(mask, other):
         np.maximum.at(label, label[a], largest)
         np.maximum.at(label, label[b], largest)
         label = label[label]
-    return len(np.unique(label)) - 1, len(np.unique(label[runs[np.pad(mask & other, 1)]]))
+    return label[runs][(slice(1, -1),) * mask.ndim]
+
+
+def count_components(mask, other):
+    """Two bool arrays -> the number of components of `mask`, the number that `other` overlaps."""
+    label = label_components(mask)
+    return len(np.unique(label[mask])), len(np.unique(label[mask & other]))
+
+
+def remove_small(ids, smallest_area):
+    """Masks (.., H, W) of 0 and 1 without the components that are smaller than a share of H W.
+
+    A tensor uint8 on any device -> another on the same device.
+    """
+    if not smallest_area:
+        return ids
+    kept = ids.cpu().numpy().copy()
+    for mask in kept.reshape(-1, *kept.shape[-2:]):  # views
+        label = label_components(mask > 0)
+        mask[np.bincount(label.ravel())[label] < smallest_area * mask.size] = 0
+    return torch.from_numpy(kept).to(ids.device)
 
 
 def benchmark_dice(scores, truth):

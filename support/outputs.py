@@ -43,11 +43,11 @@ def plan_outputs(paths, out):
     return [(source, target) for target, source in sources.items()]
 
 
-def write_results(target, slices, ids, std, geometry, k):
+def write_results(target, slices, ids, std, geometry, plane, k):
     """Write the mask, an overlay and, unless it is None, the standard deviation of one file.
 
     slices uint8 (Z, H, W, 3); ids uint8 (Z, H, W) of k classes; std float32 (Z, H, W) in [0, 0.5];
-    geometry: the Geometry of a volume, or None for an image (Z = 1).
+    geometry: the Geometry of a volume, sliced in `plane`, or None for an image (Z = 1).
     """
     if geometry is None:
         write_image(f"{target}_mask.png", ids[0] * 255 if k == 2 else ids[0])
@@ -55,7 +55,8 @@ def write_results(target, slices, ids, std, geometry, k):
         if std is not None:
             write_image(f"{target}_std.png", (510 * std[0]).round().astype(np.uint8))
     else:
-        write_volume(f"{target}_mask.nii.gz", volume_of(ids), geometry)
-        write_image(f"{target}_overlay.png", montage(slices, ids))
+        grey = np.broadcast_to(slices[..., 1:2], slices.shape)  # without the neighbours
+        write_volume(f"{target}_mask.nii.gz", volume_of(ids, plane), geometry)
+        write_image(f"{target}_overlay.png", montage(grey, ids))
         if std is not None:
-            write_volume(f"{target}_std.nii.gz", volume_of(std), geometry)
+            write_volume(f"{target}_std.nii.gz", volume_of(std, plane), geometry)

@@ -109,3 +109,39 @@ def plot_curve(steps, dice):
         draw.text((px, py - 8), f"{value:.3f}", fill="black", anchor="mb")
         draw.text((px, bottom + 10), str(n), fill="black", anchor="mt")
     return np.asarray(canvas)
+
+
+def plot_panels(panels):
+    """[(title, {name: (x, y)})] -> uint8 (300, 400 N, 3): one plot a title, a line a name.
+
+    x and y are sequences of equal length; y may hold nan. The top of a plot is a little above the
+    98th percentile, because the first losses are far above all others.
+    """
+    canvas = Image.new("RGB", (400 * len(panels), 300), "white")
+    draw = ImageDraw.Draw(canvas)
+    for left, (title, lines) in zip(range(60, 400 * len(panels), 400), panels):
+        right, top, bottom = left + 320, 40, 260
+        draw.text((left, 12), title, fill="black", anchor="lt")
+        draw.line([left, top, left, bottom, right, bottom], fill="black")
+        values = [v for _, y in lines.values() for v in y if np.isfinite(v)]
+        if not values:
+            continue
+        low, high = min(values), np.percentile(values, 98)
+        high += 0.05 * (high - low) or 1
+        last = max(max(x) for x, _ in lines.values())
+        for i in range(5):
+            value, height = low + i * (high - low) / 4, bottom - 220 * i / 4
+            draw.line([left, height, right, height], fill=(225, 225, 225) if i else "black")
+            draw.text((left - 6, height), f"{value:.3g}", fill="black", anchor="rm")
+        for x in (0, last):
+            draw.text((left + 320 * x / last, bottom + 8), f"{x:g}", fill="black", anchor="mt")
+        for i, (name, (x, y)) in enumerate(lines.items()):
+            colour = tuple((PALETTE[i + 1] // 4 * 3).tolist())
+            height = np.interp(y, (low, high), (bottom, top))
+            points = [(left + 320 * a / last, b) for a, b in zip(x, height) if np.isfinite(b)]
+            draw.line(points, fill=colour, width=2)
+            for px, py in points if len(points) < 20 else points[-1:]:
+                draw.ellipse([px - 2, py - 2, px + 2, py + 2], fill=colour)
+            if len(lines) > 1:
+                draw.text((right, top + 14 * i), name, fill=colour, anchor="rt")
+    return np.asarray(canvas)

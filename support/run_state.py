@@ -99,6 +99,13 @@ class Log:
         with open(self.path, "a", newline="") as file:
             csv.DictWriter(file, self.columns).writerow(text)
 
+    def curves(self, names):
+        """-> {name: (steps, values)} of the named columns, from the rows that hold the value."""
+        with open(self.path, newline="") as file:
+            rows = list(csv.DictReader(file))
+        held = {name: [(int(r["step"]), float(r[name])) for r in rows if r[name]] for name in names}
+        return {name: tuple(zip(*pairs)) for name, pairs in held.items() if pairs}
+
 
 class LossMeter:
     """Means of the losses since the last line of the log, and the number of skipped steps.

@@ -2,9 +2,11 @@
 
 Volumes are arrays (X, Y, Z), turned so that the axes run to the right, anterior and superior (RAS);
 writing turns them back. Sizes are checked before memory is taken, and whatever nibabel raises
-becomes a UserError that names the file. Letters: X Y Z voxels; Z H W slices and their pixels.
+becomes a UserError that names the file. Letters: X Y Z voxels; Z H W slices, of any plane, and
+their pixels.
 """
 
+import contextlib
 import gzip
 import itertools
 import logging
@@ -13,6 +15,7 @@ from typing import NamedTuple
 
 import nibabel as nib
 import numpy as np
+from nibabel.affines import voxel_sizes
 from nibabel.orientations import inv_ornt_aff, ornt_transform
 
 from support import images
@@ -21,6 +24,8 @@ from support.cli import UserError, atomic_write
 VOLUME_ENDINGS = (".nii.gz", ".nii")
 MAX_BYTES = 8 << 30  # of a volume, decompressed
 RAS = np.array([[0, 1], [1, 1], [2, 1]], dtype=float)  # an orientation in nibabel's form
+# The axes of space (0 right, 1 anterior, 2 superior) of a plane's slices, rows and columns
+PLANES = {"axial": (2, 1, 0), "coronal": (1, 2, 0), "sagittal": (0, 2, 1)}
 logging.getLogger("nibabel").setLevel(logging.CRITICAL)  # we print one line; nibabel prints more
 
 
@@ -50,19 +55,28 @@ def in_mm(numbers):
     return f"({', '.join(f'{n:.4g}' for n in numbers)}) mm"
 
 
+def open_file(path):
+    """-> the file, decompressed if its first two bytes say gzip, because endings lie."""
+    with open(path, "rb") as file:
+        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
+    return opener(path, "rb")
+
+
+def read_header(file):
+    """-> nibabel's kind of image, the header, and the bytes that were read."""
+    start = file.read(544)
+    second = nib.Nifti2Header.may_contain_header(start)
+    kind = nib.Nifti2Image if second else nib.Nifti1Image
+    return kind, kind.header_class(start[: kind.header_class.template_dtype.itemsize]), start
+
+
 def open_volume(path):
     """-> nibabel's image, all of its bytes in memory. Raises UserError.
 
-    Whether a file is compressed is told by its first two bytes, because endings lie. No more is
-    decompressed than the header announces.
+    No more is decompressed than the header announces.
     """
-    with open(path, "rb") as file:
-        opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
-    with opener(path, "rb") as file:
-        start = file.read(544)
-        second = nib.Nifti2Header.may_contain_header(start)
-        kind = nib.Nifti2Image if second else nib.Nifti1Image
-        header = kind.header_class(start[: kind.header_class.template_dtype.itemsize])
+    with open_file(path) as file:
+        kind, header, start = read_header(file)
         shape, itemsize = header.get_data_shape(), header.get_data_dtype().itemsize
         size = int(header.get_data_offset()) + math.prod(map(int, shape)) * itemsize
         if not shape or min(shape) < 1 or not 0 < size <= MAX_BYTES:
@@ -89,21 +103,56 @@ def read_volume(path, labels=False):
                             "that you want")  # fmt: skip
         if not np.isfinite(image.affine).all():
             raise UserError(f"{path}: its affine holds NaN or infinity; repair the header")
+        values = np.empty(image.shape, np.float32, order="F")
         with np.errstate(over="ignore"):  # what float32 cannot hold becomes infinity
-            values = np.asarray(image.dataobj, dtype=np.float32)
+            for i in range(image.shape[-1]):  # in pieces, because scaling takes memory
+                values[..., i] = image.dataobj[..., i]
     except UserError:
         raise
     except Exception as error:  # damaged files make nibabel raise many kinds of exceptions
         raise UserError(images.why_unreadable(path, "NIfTI volume", error)) from None
-    orientation = nib.io_orientation(image.affine)
-    if np.isnan(orientation).any():  # an affine that flattens space says nothing of orientation
-        orientation = RAS
+    shape, orientation = image.shape, orientation_of(image.affine)
+    geometry = Geometry(image.header, image.affine, shape, orientation)
+    del image  # and with it the file's bytes
     checked = images.finite(
         values, path
     )  # also of labels: a volume without a finite value is refused
     values = images.whole_numbers(values, path) if labels else checked
-    values = nib.apply_orientation(values.reshape((*image.shape, 1)[:3]), orientation)
-    return values, Geometry(image.header, image.affine, image.shape, orientation)
+    return nib.apply_orientation(values.reshape((*shape, 1)[:3]), orientation), geometry
+
+
+def orientation_of(affine):
+    """(3, 2), nibabel's form. An affine that flattens space says nothing: RAS is taken."""
+    orientation = nib.io_orientation(affine)
+    return RAS if np.isnan(orientation).any() else orientation
+
+
+def spacing_in_space(path):
+    """-> (3,) millimetres from voxel to voxel along X, Y, Z in RAS. Only the header is read.
+
+    Raises UserError.
+    """
+    try:
+        with open_file(path) as file:
+            affine = read_header(file)[1].get_best_affine()
+        return voxel_sizes(affine)[np.argsort(orientation_of(affine)[:, 0])]
+    except Exception as error:  # damaged files make nibabel raise many kinds of exceptions
+        raise UserError(images.why_unreadable(path, "NIfTI volume", error)) from None
+
+
+def choose_plane(paths):
+    """How the volumes of a data set are sliced: axially, unless another axis of space has a
+    spacing (the median over the volumes) of more than 1.5 times both others'.
+    """
+    spacings = []
+    for path in paths:
+        with contextlib.suppress(UserError):  # raised again where the volume is read
+            spacings.append(spacing_in_space(path))
+    spacing = np.median(spacings or [(1, 1, 1)], axis=0)
+    for plane, (axis, *others) in PLANES.items():
+        if spacing[axis] > 1.5 * spacing[others].max():
+            return plane
+    return "axial"
 
 
 def write_volume(path, values, geometry):
@@ -143,22 +192,30 @@ def compare_grids(image, mask, path):
     return f"{text}; they are read voxel by voxel"
 
 
-def slices_of(volume):
-    """(X, Y, Z) in RAS -> axial slices (Z, H, W), rows from anterior to posterior."""
-    return volume.transpose(2, 1, 0)[:, ::-1]
+def slices_of(volume, plane):
+    """(X, Y, Z) in RAS -> the slices of one of PLANES, (Z, H, W).
+
+    Rows run from anterior to posterior, or from superior to inferior.
+    """
+    return volume.transpose(PLANES[plane])[:, ::-1]
 
 
-def volume_of(slices):
+def volume_of(slices, plane):
     """The inverse of `slices_of`."""
-    return slices[:, ::-1].transpose(2, 1, 0)
+    return slices[:, ::-1].transpose(np.argsort(PLANES[plane]))
 
 
-def slices_to_uint8(volume, window=None):
-    """(X, Y, Z) in RAS -> its axial slices as grey images, uint8 (Z, H, W, 3).
+def slices_to_uint8(volume, window, plane, context):
+    """(X, Y, Z) in RAS -> its slices as images, uint8 (Z, H, W, 3), in the memory of one channel.
 
     The window's (low, high) intensities become 0 and 255. Without a window, as in magnetic
-    resonance, the volume's own percentiles are taken: see `intensity_window`.
+    resonance, the volume's own percentiles are taken: see `intensity_window`. The channels are
+    the slice three times (context "repeat"), or the slices before, at and after it
+    ("neighbours"), where the first and the last slice stand in for those that are not there.
     """
     window = window or images.intensity_window(volume)
-    grey = np.stack([images.window_to_uint8(x, window) for x in slices_of(volume)])[..., None]
-    return np.broadcast_to(grey, (*grey.shape[:3], 3))
+    grey = np.stack([images.window_to_uint8(x, window) for x in slices_of(volume, plane)])
+    if context == "neighbours":
+        padded = np.pad(grey, ((1, 1), (0, 0), (0, 0)), "edge")
+        return np.lib.stride_tricks.sliding_window_view(padded, 3, axis=0)
+    return np.broadcast_to(grey[..., None], (*grey.shape, 3))

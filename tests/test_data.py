@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import data
-from data import SegmentationData, TrainingBatches, find, load_case
+from data import SegmentationData, TrainingBatches, find, load_case, square_crop
 from support import cache
 from support.cli import UserError
 from support.demo_data import draw_demo
@@ -233,7 +233,7 @@ def test_subfolders_and_links_are_read(tmp_path):
 
 @pytest.mark.parametrize("k", [2, 3])
 def test_own_volumes(k, tmp_path):
-    """NIfTI is split by volume, cut into slices; with several classes "flip" keeps left left."""
+    """NIfTI is split by volume, cut into slices, never cropped; several classes keep left left."""
     names = [(f"{i}.nii.gz",) * 2 for i in range(5)]
     volumes(tmp_path / "own", "imagesTr", "labelsTr", names, k)
     spec = find(str(tmp_path / "own"))
@@ -244,6 +244,27 @@ def test_own_volumes(k, tmp_path):
     assert items[0]["image"].shape == (3, 16, 16) and items[2]["mask"].max() == k - 1
     flipped, same = (items.batch([(e, i) for i in range(9)])["image"] for e in (0, None))
     assert torch.equal(flipped, same) == (k > 2)
+    full = SegmentationData(spec, "train", 16, "full")
+    grey = full.batch([(0, i) for i in range(9)])["image"]
+    assert torch.equal(grey[:, 0], grey[:, 2]) and not torch.equal(grey, same) and not full.crops
+
+
+def test_the_training_volumes_decide_how_all_are_sliced(tmp_path, capsys):
+    """Sagittal stacks are cut into sagittal slices; another context is other items; it is said."""
+    names = [f"{i}.nii" for i in range(4)]
+    volumes(tmp_path, *BOTH, [(name, name) for name in names])
+    for path in [tmp_path / f / name for f in BOTH for name in names[1:]]:
+        values = np.asarray(nib.load(path).dataobj)
+        nib.save(nib.Nifti1Image(values, np.diag([3, 1, 1, 1])), path)
+    write(tmp_path, "split", {"train": ["1", "2"], "val": ["3"], "test": ["0"]})
+    spec = find(str(tmp_path))
+    assert spec.plane == "sagittal" and load_case(spec.splits["test"][0], spec)[1].shape[0] == 12
+    around = replace(spec, context="neighbours")
+    repeat, three = (SegmentationData(s, "train", 16).images for s in (spec, around))
+    assert np.array_equal(repeat[4], np.stack([three[4, ..., 1]] * 3, -1))
+    assert np.array_equal(three[5, ..., 0], repeat[4, ..., 0])
+    check(tmp_path, "--out", tmp_path / "sheet.png")
+    assert "2 classes (background, foreground), sagittal slices" in capsys.readouterr().out
 
 
 def each(root, change, *folders):
@@ -300,6 +321,23 @@ def test_image_and_mask_move_together(augment, least, drawn):
     assert not torch.equal(batch["mask"][:20], batch["mask"][20:])
     torch.testing.assert_close(items.batch([(1, 6)])["image"][0], batch["image"][26])
     assert torch.equal(items.batch([(None, 6)])["image"][0], items[6]["image"])
+
+
+def test_some_images_of_a_full_augmentation_hold_no_foreground(drawn):
+    """A fifth become crops that avoid it, wherever they lie; flips alone crop nothing."""
+    items = SegmentationData(drawn, "val", 64, "full")
+    kept = [i for i in range(20) if items.masks[i].any()]
+    samples = [(epoch, i) for epoch in range(30) for i in kept]
+    empty = ~items.batch(samples)["mask"].flatten(1).any(1)
+    assert 0.12 < empty.float().mean() < 0.3
+    flipped = SegmentationData(drawn, "val", 64, "flip").batch(samples)
+    assert flipped["mask"].flatten(1).any(1).all()
+    image, mask = np.asarray(items.images[kept[0]]), np.asarray(items.masks[kept[0]])
+    for position in np.linspace(0, 0.999, 7):
+        crop, ids = square_crop(image, mask, 20, position, avoid_foreground=True)
+        assert crop.shape == (64, 64, 3) and ids.shape == (64, 64) and not ids.any()
+    assert square_crop(image, mask | 1, 20, 0.5, True) is None
+    assert square_crop(image, mask | 1, 20, 0.5, False)[1].all()
 
 
 def test_batches_are_permutations_and_processes_share_them(drawn):

@@ -2,6 +2,7 @@
 
 import contextlib
 import gzip
+import itertools
 import struct
 
 import nibabel as nib
@@ -13,7 +14,16 @@ from data import find, load_case
 from support.cli import UserError
 from support.folders import PARTS, Case, DatasetSpec, class_ids
 from support.images import compare_exif, read_image, read_mask
-from support.volumes import compare_grids, read_volume, slices_of, volume_of, write_volume
+from support.volumes import (
+    PLANES,
+    choose_plane,
+    compare_grids,
+    read_volume,
+    slices_of,
+    slices_to_uint8,
+    volume_of,
+    write_volume,
+)
 
 NOISE = np.random.default_rng(0).integers(0, 255, (20, 30, 3)).astype(np.uint8)
 
@@ -252,12 +262,50 @@ def test_a_volume_comes_back_where_it_was(codes, tmp_path):
     nib.save(stored, tmp_path / "v.nii.gz")
     values, geometry = read_volume(tmp_path / "v.nii.gz")
     assert np.array_equal(values, np.asarray(nib.as_closest_canonical(stored).dataobj))
-    assert np.array_equal(volume_of(slices_of(values)), values)
+    for plane in PLANES:
+        assert np.array_equal(volume_of(slices_of(values, plane), plane), values)
     write_volume(tmp_path / "w.nii.gz", values.astype(np.uint8), geometry)
     again = nib.load(tmp_path / "w.nii.gz")
     assert np.array_equal(np.asarray(again.dataobj), np.asarray(stored.dataobj))
     np.testing.assert_allclose(again.affine, stored.affine, atol=1e-5)
     np.testing.assert_allclose(again.header.get_zooms(), stored.header.get_zooms(), atol=1e-5)
+
+
+def test_the_slices_of_each_plane():
+    """Columns run to the right or to anterior; rows to posterior or to inferior."""
+    values = np.arange(24).reshape(2, 3, 4)  # to the right, anterior, superior
+    axial, coronal, sagittal = (slices_of(values, plane) for plane in PLANES)
+    for x, y, z in np.ndindex(values.shape):
+        same = {axial[z, 2 - y, x], coronal[y, 3 - z, x], sagittal[x, 3 - z, y]}
+        assert same == {values[x, y, z]}
+
+
+def test_the_channels_of_a_slice():
+    """The slice three times, or those before, at and after it; the ends stand in at the ends."""
+    values = np.array([0, 50, 100, 255]).reshape(1, 4, 1).repeat(2, axis=2)
+    repeat, neighbours = (slices_to_uint8(values, (0, 255), "coronal", context)
+                          for context in ("repeat", "neighbours"))  # fmt: skip
+    assert repeat.shape == neighbours.shape == (4, 2, 1, 3)
+    assert repeat[:, 1, 0].tolist() == [[v] * 3 for v in (0, 50, 100, 255)]
+    expected = [[0, 0, 50], [0, 50, 100], [50, 100, 255], [100, 255, 255]]
+    assert neighbours[:, 0, 0].tolist() == expected
+
+
+@pytest.mark.parametrize("plane, spacings", [
+    ("axial", [(1, 1, 5)]), ("coronal", [(1, 5, 1)]), ("sagittal", [(5, 1, 1)]),
+    ("axial", [(1.4, 1, 1)]), ("axial", [(5, 5, 1)]),
+    ("sagittal", [(5, 1, 1), (5, 1, 1), (1, 1, 9)]),
+])  # fmt: skip
+def test_the_plane_of_thick_slices(plane, spacings, tmp_path):
+    """Across the widest spacing in space, however the files are stored; else axial."""
+    paths = []
+    for spacing, code in itertools.product(spacings, ("RAS", "IPL", "ASR")):
+        volume = nib.Nifti1Image(np.zeros((2, 3, 4), np.uint8), np.diag([*spacing, 1]))
+        volume = volume.as_reoriented(nib.orientations.axcodes2ornt(code))
+        paths.append(tmp_path / f"{len(paths)}.nii.gz")
+        nib.save(volume, paths[-1])
+    (tmp_path / "bad.nii").write_bytes(b"reported where it is read")
+    assert choose_plane([*paths, tmp_path / "bad.nii"]) == plane
 
 
 def test_odd_volumes(tmp_path):

@@ -1,6 +1,7 @@
 """Inference: files go in, masks of their own size come out, and nothing else is touched."""
 
 import io
+import itertools
 import runpy
 import sys
 
@@ -19,7 +20,8 @@ from support import cli
 from support.cli import UserError
 from support.images import read_image
 from support.metrics import dice
-from support.panels import overlay
+from support.panels import montage, overlay
+from support.volumes import PLANES, slices_of, slices_to_uint8
 from support.weights import DEFAULT_WEIGHTS
 
 
@@ -117,37 +119,76 @@ def test_the_model_that_ships_segments_real_images(real_data):
     assert np.mean([dice(mask, truth) for mask, truth in zip(masks, truths)]) > 0.7
 
 
-def test_volumes_keep_their_place_in_space(tmp_path):
-    """A mask has its file's geometry, the same in any orientation and, without a window, unit."""
-    model = save_tiny(tmp_path / "m.safetensors")
-    oblique = nib.eulerangles.euler2mat(0.2, 0.1, 0.3) @ np.diag([1, 2, 3])
-    affine, masks = nib.affines.from_matvec(oblique, [5, 6, 7]), []
-    values = np.random.default_rng(0).integers(0, 255, (20, 30, 5)).astype(np.int16)
-    for code, voxel in (("RAS", values), ("LPS", values), ("PIR", 100 * values - 5000)):
-        orientation = nib.orientations.axcodes2ornt(code)
-        stored = nib.Nifti1Image(voxel, affine).as_reoriented(orientation)
-        nib.save(stored, tmp_path / f"{code}.nii.gz")
-        assert run(tmp_path / f"{code}.nii.gz", model=model, out=tmp_path / "o", batch_size=2) == 0
-        mask = nib.load(tmp_path / f"o/{code}_mask.nii.gz")
-        assert mask.shape == stored.shape and mask.get_data_dtype() == np.uint8
-        np.testing.assert_allclose(mask.affine, stored.affine, atol=1e-6)
+OBLIQUE = nib.affines.from_matvec(
+    nib.eulerangles.euler2mat(0.2, 0.1, 0.3) @ np.diag([1, 2, 3]), [5, 6, 7]
+)
+
+
+@pytest.mark.parametrize("plane", PLANES)
+def test_volumes_keep_their_place_in_space(plane, tmp_path):
+    """In all 48 orders and directions of the axes, and in any unit without a window, a file gets
+    the same mask in space, with the file's geometry.
+    """
+    how = dict(plane=plane, context="neighbours", image_size=16)
+    model = save_tiny(tmp_path / "m.safetensors", **how)
+    values = np.random.default_rng(0).integers(0, 255, (5, 4, 3)).astype(np.int16)
+    stored = {}
+    (tmp_path / "in").mkdir()
+    orientations = itertools.product(itertools.permutations(range(3)), *[(1, -1)] * 3)
+    for i, (axes, *directions) in enumerate(orientations):
+        volume = nib.Nifti1Image(100 * values - 5000 if i % 2 else values, OBLIQUE)
+        stored[f"{i}"] = volume.as_reoriented(np.column_stack([axes, directions]))
+        nib.save(stored[f"{i}"], tmp_path / f"in/{i}.nii")
+    assert run(tmp_path / "in", model=model, out=tmp_path / "o") == 0
+    masks = []
+    for name, volume in stored.items():
+        mask = nib.load(tmp_path / f"o/{name}_mask.nii.gz")
+        assert mask.shape == volume.shape and mask.get_data_dtype() == np.uint8
+        np.testing.assert_allclose(mask.affine, volume.affine, atol=1e-6)
         masks.append(np.asarray(nib.as_closest_canonical(mask).dataobj))
+    assert len({volume.affine.tobytes() for volume in stored.values()}) == len(masks) == 48
     assert set(np.unique(masks[0])) == {0, 1} and all(np.array_equal(masks[0], m) for m in masks)
+    assert not list((tmp_path / "o").glob("*_std*"))  # a deviation is written where asked for
 
 
-def test_a_volume_is_its_slices(model, tmp_path):
-    """A slice gets the mask that it gets as an image; the standard deviation is written."""
-    values = np.stack([pixels(draw(tmp_path / "x.png", 30, 20, z))[..., 0] for z in range(3)])
-    volume = values[:, ::-1].transpose(2, 1, 0)  # row 0 is anterior, y = 0 is posterior
+@pytest.mark.parametrize("codes", [(1, 1), (1, 0), (0, 2), (0, 0)])
+def test_another_reader_finds_the_mask_on_its_image(codes, model, tmp_path):
+    """SimpleITK reads the input's size, spacing, origin and direction, from qform or sform."""
+    reader = pytest.importorskip("SimpleITK").ReadImage
+    volume = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), OBLIQUE)
+    volume.header.set_qform(OBLIQUE, codes[0]), volume.header.set_sform(OBLIQUE, codes[1])
+    nib.save(volume, tmp_path / "v.nii")
+    run(tmp_path / "v.nii", model=model, out=tmp_path / "o")
+    image, mask = reader(str(tmp_path / "v.nii")), reader(str(tmp_path / "o/v_mask.nii.gz"))
+    assert image.GetSize() == mask.GetSize()
+    for name in ("GetSpacing", "GetOrigin", "GetDirection"):
+        np.testing.assert_allclose(getattr(mask, name)(), getattr(image, name)(), atol=1e-5)
+
+
+@pytest.mark.parametrize("plane, context", [
+    ("axial", "repeat"), ("coronal", "neighbours"), ("sagittal", "neighbours"),
+])  # fmt: skip
+def test_a_volume_is_its_slices(plane, context, tmp_path):
+    """A slice gets the mask that it gets as an image; the standard deviation is written, and the
+    overlay shows slices of the plane, without their neighbours.
+    """
+    how = dict(window=(0.0, 255.0), plane=plane, context=context)
+    model = save_tiny(tmp_path / "m.safetensors", **how)
+    volume = pixels(draw(tmp_path / "x.png", 30, 20))[:7, :8]
     nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "v.nii")
     run(tmp_path / "v.nii", model=model, out=tmp_path / "o", samples=2, batch_size=1)
     mask, std = (np.asarray(nib.load(tmp_path / f"o/v_{name}.nii.gz").dataobj)
                  for name in ("mask", "std"))  # fmt: skip
     assert std.dtype.kind == "f" and 0 < std.max() <= 0.5
-    for z in range(3):
-        Image.fromarray(values[z]).save(tmp_path / "z.png")
-        run(tmp_path / "z.png", model=model, out=tmp_path / "o", samples=2)
-        assert np.array_equal(mask[:, ::-1, z].T * 255, pixels(tmp_path / "o/z_mask.png"))
+    slices = slices_to_uint8(volume, how["window"], plane, context)
+    paths, ids = [tmp_path / f"{i}.png" for i in range(len(slices))], slices_of(mask, plane)
+    for path, image in zip(paths, slices):
+        Image.fromarray(image).save(path)
+    run(*paths, model=model, out=tmp_path / "o", samples=2, batch_size=1)
+    for i in range(len(slices)):
+        assert np.array_equal(ids[i] * 255, pixels(tmp_path / f"o/{i}_mask.png"))
+    shown = montage(slices[..., [1, 1, 1]], ids)
+    assert np.array_equal(pixels(tmp_path / "o/v_overlay.png"), shown)
 
 
 def masks_in(folder):

@@ -50,3 +50,14 @@ def test_a_plot_has_room_for_every_curve(scores):
     height = [np.nonzero(blue[:, x])[0].mean() for x in (90, 600)]
     assert image.shape == (400, 640, 3) and not blue[[0, -1]].any() and not blue[:, [0, -1]].any()
     assert np.sign(height[0] - height[1]) == np.sign(scores[2] - scores[0])
+
+
+def test_curves_stay_in_their_panels():
+    """One panel a title, one colour a line; a value that is not finite leaves a gap, no error."""
+    rising = ((1, 2, 3, 4), (0.0, 1.0, float("nan"), 3.0))
+    image = panels.plot_panels([("two", {"a": rising, "b": ((1, 4), (3, 0))}), ("none", {})])
+    assert image.shape == (300, 800, 3)
+    for line in (1, 2):
+        _, x = (image == panels.PALETTE[line] // 4 * 3).all(2).nonzero()
+        assert 60 < x.min() and x.max() < 400 and np.ptp(x) > 200
+    assert (image[100:250, 470:] == 255).all()

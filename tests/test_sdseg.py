@@ -168,6 +168,16 @@ def test_class_colours_are_apart_and_decode(k):
         torch.testing.assert_close(prob.sum(1), torch.ones(2, 3, k))
 
 
+def test_threshold_and_smallest_area_decide_what_is_marked():
+    """Two classes: a pixel above the threshold is marked, in a region that is large enough."""
+    prob = torch.zeros(2, 1, 10, 10)
+    prob[0, 0, 1:4, 1:4], prob[0, 0, 7, 7:9], prob[1, 0, 5, 5] = 0.8, 0.8, 0.6
+    marked = {(0.5, 0.0): (11, 1), (0.7, 0.0): (11, 0), (0.5, 0.03): (9, 0), (0.5, 0.1): (0, 0)}
+    for (threshold, area), counts in marked.items():
+        ids = tiny(threshold=threshold, smallest_area=area).class_ids(prob)
+        assert ids.dtype == torch.uint8 and tuple(ids.sum((1, 2)).tolist()) == counts
+
+
 @torch.no_grad()
 def test_mask_latents_are_scaled_posterior_means():
     """The mask enters the autoencoder in one place: colours, mean, scale; nothing is sampled."""

@@ -13,11 +13,11 @@ from conftest import TINY, disc_folder, save_tiny, tiny
 from PIL import Image
 
 import train
-from data import find
+from data import SegmentationData, find
 from sdseg import PRESETS, SDSeg, SDSegConfig, class_colours, from_pretrained
 from support.cli import UserError
 from support.weights import read_weights
-from tools import benchmark, figures, train_vae
+from tools import benchmark, calibrate, evaluate, figures, plain_unet, train_vae
 
 CPU = torch.device("cpu")
 
@@ -59,14 +59,56 @@ def test_an_autoencoder_that_cannot_be_trained_is_refused(run_vae, flag, value):
         run_vae("--steps", "2", flag, value)
 
 
-def test_a_third_of_the_masks_keep_their_colours():
-    """These show the data set's own classes; each of the others shows two to four colours."""
-    generator = torch.Generator().manual_seed(0)
-    mask, colours = torch.randint(3, (9, 8, 8), generator=generator), class_colours(3)
-    rgb = train_vae.colour_masks(mask, colours, generator)
-    assert torch.equal(rgb[:3], colours[mask[:3]].permute(0, 3, 1, 2))
-    counts = [len(x.flatten(1).unique(dim=1).T) for x in rgb[3:]]
-    assert all(2 <= n <= 4 for n in counts) and max(counts) > 2
+def test_a_batch_holds_images_masks_and_drawn_maps(tmp_path):
+    """A quarter, a quarter and a half; the masks and the maps are in the colours of classes."""
+    data = SegmentationData(find(str(disc_folder(tmp_path / "own"))), "train", 64, "full")
+    image, mask = train_vae.ImagesAndMasks(data, [64, 32], 4)[1]
+    assert image.shape == (2, 3, 32, 32) and mask.shape == (2, 32, 32)
+    x = train_vae.add_maps(image, mask, class_colours(2), torch.Generator().manual_seed(1))
+    assert x.shape == (8, 3, 32, 32) and torch.equal(x[:2], image)
+    assert torch.equal(x[2:4, 0], 2.0 * mask - 1)
+    values = [image.flatten(1).unique(dim=1).T for image in x[4:]]
+    assert all(2 <= len(v) <= 14 and ((v == 0) | (v.abs() == 1)).all() for v in values)
+
+
+# ---- calibrate ----
+
+
+def test_a_threshold_is_chosen_on_validation_images(tmp_path, monkeypatch, capsys):
+    """A model for which bright pixels are foreground marks noise beside the discs as well: a
+    higher threshold ends these false alarms at little cost, and is stored with the model.
+    """
+
+    def brightness(model, images):
+        return torch.tensor(np.stack(images)).float().mean(3)[:, None] / 170, None
+
+    folder, file = disc_folder(tmp_path / "own"), save_tiny(tmp_path / "tiny.safetensors")
+    out = str(tmp_path / "out.safetensors")
+    monkeypatch.setattr(calibrate, "predict", brightness)
+    calibrate.main(calibrate.parse_args(["--data", str(folder), "--model", file, "--out", out]))
+    text = capsys.readouterr().out
+    config = SDSeg.load(out).config
+    assert config.threshold > 0.5 and f"threshold {config.threshold}" in text
+    before, after = (float(x) for x in re.findall(r"false alarms on ([\d.]+)%", text))
+    assert after < before
+
+
+# ---- plain_unet ----
+
+
+def test_a_plain_unet_trains_and_is_scored_as_ours(tmp_path, capsys):
+    """The same cases in the same cases.csv, so that `--against` compares both by image."""
+    pytest.importorskip("monai", reason="MONAI is optional and not installed")
+    folder, out = str(disc_folder(tmp_path / "own")), tmp_path / "run"
+    flags = ["--data", folder, "--size", "32", "--steps", "2", "--batch-size", "2"]
+    plain_unet.main(plain_unet.parse_args([*flags, "--score", folder, "--out", str(out)]))
+    assert "validation Dice" in capsys.readouterr().out
+    theirs = (out / "eval-own-test/cases.csv").read_text().splitlines()
+    file = save_tiny(tmp_path / "tiny.safetensors")
+    flags = ["--data", folder, "--model", file, "--out", str(tmp_path / "ours"), "--device", "cpu"]
+    evaluate.main(evaluate.parse_args(flags))
+    ours = (tmp_path / "ours/cases.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in ours] == [row.split(",")[0] for row in theirs]
 
 
 # ---- benchmark ----

@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -12,8 +13,11 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import ROOT, TINY, disc_folder, tiny
 from PIL import Image
 
@@ -120,18 +124,31 @@ def test_the_decoded_mask_loss():
     assert loss(right, t=torch.tensor([T - 1, 5])) < loss(right, t=end)
 
 
+def test_an_empty_truth_teaches_silence():
+    """Without foreground the loss is 0 for an empty prediction, and grows with each mark."""
+    empty, losses = torch.zeros(1, 32, 32, dtype=torch.long), []
+    for marked in (0, 1, 10, 100, 1000):
+        foreground = torch.full((1024,), -20.0)
+        foreground[:marked] = 20.0
+        logits = torch.stack([-foreground, foreground]).view(1, 2, 32, 32)
+        entropy = F.cross_entropy(logits, empty)
+        losses.append((train.cross_entropy_and_dice(logits, empty) - entropy).item())
+    # the Dice term: marks / (marks + 1 % of the pixels)
+    assert losses == pytest.approx([n / (n + 10.24) for n in (0, 1, 10, 100, 1000)], abs=1e-4)
+
+
 def test_the_average_follows_the_weights():
     """Averages move by 1 - decay; frozen weights are shared, so a copy of them costs nothing."""
     model = tiny()
     ema, averages = train.make_ema(model)
     before, trained = averages[0].clone(), [p + 1 for p in model.parameters() if p.requires_grad]
-    train.update_ema(averages, trained, steps=[10**6], decay=0.9)
+    train.update_ema(averages, trained, step=10**6, decay=0.9)
     torch.testing.assert_close(averages[0].data, before + 0.1)
     assert next(ema.vae.parameters()).data_ptr() == next(model.vae.parameters()).data_ptr()
     together, one_by_one = (train.make_ema(model, on_host=True)[1] for _ in range(2))
-    train.update_ema(together, trained, range(3, 6), decay=0.9)
+    train.update_ema(together, trained, step=5, decay=0.9, first=3)
     for step in range(3, 6):  # while the weights stay, this is the same
-        train.update_ema(one_by_one, trained, [step], decay=0.9)
+        train.update_ema(one_by_one, trained, step, decay=0.9)
     torch.testing.assert_close(together, one_by_one)
 
 
@@ -159,6 +176,7 @@ def test_a_run_leaves_what_it_promises():
     assert config.mask_scale != TINY.mask_scale
     assert [r["step"] for r in rows("finished")] == ["2", "3", "4", "6", "6"]
     assert Image.open("finished/samples/000006.png").size[0] == 32 * 4
+    assert Image.open("finished/curves.png").size == (3 * 400, 300)
     assert settings("finished")["steps"] == 6 and state("finished")["values"]["step"] == 6
     assert not list(Path("finished").glob(".tmp*"))
 
@@ -183,9 +201,9 @@ def stopped(monkeypatch, stop, at):
     """The run `parts`, which `stop` ends at a step -> its exit status, and the step it saved."""
     update = train.update_ema
 
-    def update_and_stop(averages, trained, steps, decay):
-        update(averages, trained, steps, decay)
-        if steps[-1] == at:
+    def update_and_stop(averages, trained, step, *more):
+        update(averages, trained, step, *more)
+        if step == at:
             stop()
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
@@ -354,7 +372,7 @@ def test_volumes_are_validated_whole():
             return {"image": predicted[chosen], "mask": truth[chosen]}
 
     model = SimpleNamespace(segment=lambda image, generator: image[:, None].float(),
-                            class_ids=SDSeg.class_ids, device="cpu", config=TINY)  # fmt: skip
+                            class_ids=tiny().class_ids, device="cpu", config=TINY)  # fmt: skip
     for batch_size in (1, 16):
         score = train.validate(model, Slices(range(3)), batch_size)
         assert score == pytest.approx((2 / 3 + 1) / 2)
@@ -420,6 +438,23 @@ def test_the_flag_augment_reaches_the_data(flag, augment, monkeypatch):
     with pytest.raises(Seen) as seen:
         train.main(train.parse_args(arguments("run", "--augment", flag)))
     assert seen.value.args == (augment,)
+
+
+def test_how_volumes_are_sliced_is_kept_with_the_model():
+    """Plane and context, also in a resumed run; a later run takes the context of its weights."""
+    for i, name in itertools.product(range(4), ("images", "masks")):
+        values = np.zeros((2, 12, 12), np.int16)
+        values[:, 2 + i : 8, 3:9] = 1
+        Path("stacks", name).mkdir(parents=True, exist_ok=True)
+        nib.save(nib.Nifti1Image(values, np.diag([4, 1, 1, 1])), f"stacks/{name}/{i}.nii")
+    run("first", "--data=stacks", "--context=neighbours", steps=1)
+    resume("first", "--steps=2")
+    run("second", "--data=stacks", "--init=first/model.safetensors", steps=1)
+    for name in ("first", "second"):
+        config = SDSeg.load(f"{name}/model.safetensors").config
+        assert (config.plane, config.context) == ("sagittal", "neighbours")
+    with pytest.raises(UserError, match="own holds images"):
+        run("third", "--context=neighbours")
 
 
 @pytest.mark.parametrize("words, flags", [

@@ -11,6 +11,7 @@ import copy
 import ctypes
 import datetime
 import itertools
+import os
 import statistics
 import time
 from functools import partial
@@ -102,10 +103,10 @@ def prob_of_demo(model, n=4):
     return torch.cat([predict(model, [image])[0] for image in images])
 
 
-def difference(prob, exact):
+def difference(model, prob, exact):
     """Two results (B, C, S, S) of the same images -> a line on how far they are apart."""
     change, k = (prob - exact).abs(), max(2, exact.shape[1])
-    masks = zip(SDSeg.class_ids(prob), SDSeg.class_ids(exact))
+    masks = zip(model.class_ids(prob), model.class_ids(exact))
     same = sum(dice(a, b, k).mean() for a, b in masks) / len(prob)
     return (f"Dice {same:.4f} between the masks; the probabilities differ by {change.mean():.5f} "
             f"on average, by {change.max():.4f} at most")  # fmt: skip
@@ -253,7 +254,7 @@ def training_step(config, recipe, batch, device, dtype, compiled=False, small_gp
     image, mask, t_on_device, noise = (x.to(device) for x in (image, mask, t, noise))
 
     def average():
-        train.update_ema(averages, trained, [recipe["steps"]], recipe["ema"])
+        train.update_ema(averages, trained, recipe["steps"], recipe["ema"])
 
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
@@ -276,7 +277,7 @@ def training_step(config, recipe, batch, device, dtype, compiled=False, small_gp
 def loading_share(step, batches, seconds, device):
     """The share of the time that the loop of train.py waits for its batches, as text."""
     on_gpu = device.type == "cuda"
-    workers = 4 * on_gpu
+    workers = on_gpu * min(12, os.cpu_count())
     loader = iter(DataLoader(batches, batch_size=None, sampler=itertools.count(),
                              num_workers=workers, pin_memory=on_gpu))  # fmt: skip
     waited, rounds = 0, 0
@@ -327,7 +328,8 @@ def measure_inference(model, device, dtype, args):
     if dtype != torch.float32:
         exact = prob_of_demo(model)
         model.for_inference(device, args.precision)
-        print(f"{str(dtype)[6:]} compared with float32: {difference(prob_of_demo(model), exact)}")
+        text = difference(model, prob_of_demo(model), exact)
+        print(f"{str(dtype)[6:]} compared with float32: {text}")
 
     # 2. Memory, before other measurements need some
     images = {n: torch.zeros(n, size, size, 3, device=device).permute(0, 3, 1, 2)  # as `predict`
@@ -340,7 +342,7 @@ def measure_inference(model, device, dtype, args):
         exact, began = prob_of_demo(model), time.perf_counter()
         models["compiled"] = copy.deepcopy(model)
         compile_networks(models["compiled"], mode="reduce-overhead", dynamic=False)
-        text = difference(prob_of_demo(models["compiled"]), exact)
+        text = difference(model, prob_of_demo(models["compiled"]), exact)
         ready = format_duration(time.perf_counter() - began)
         print(f"compiled in {ready} (for each batch size): {text}", flush=True)
     if args.diffusers and config.fusion == "concat":

@@ -87,8 +87,10 @@ def main(args):
         print("\n".join(case.name for case in spec.splits[args.list]))
         return 0
     window = ", intensity window {:g} to {:g}".format(*spec.window) if spec.window else ""
+    plane = f", {spec.plane} slices" if spec.volumes else ""
     crop = ", cut to twice the optic disc of the mask" if spec.label_format == "cup" else ""
-    print(f"{spec.name}: {len(spec.classes)} classes ({', '.join(spec.classes)}){window}{crop}")
+    classes = f"{len(spec.classes)} classes ({', '.join(spec.classes)})"
+    print(f"{spec.name}: {classes}{window}{plane}{crop}")
     problems = []
     rows = [describe(spec, part, problems) for part in PARTS]
     problems += duplicates(spec)

@@ -18,8 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from nibabel import io_orientation
-from nibabel.affines import voxel_sizes
 from PIL import Image, ImageDraw
 
 from data import find, load_case, print_remarks
@@ -31,7 +29,7 @@ from support.device import device_name, find_device
 from support.folders import PARTS, file_hash, image_hashes, natural_sort_key
 from support.images import write_image
 from support.panels import fit_tile, grid, overlay, plot_curve
-from support.volumes import open_volume
+from support.volumes import PLANES, spacing_in_space
 from tools import stability
 
 TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95", "benchmark_dice": "PraNet's mDice"}
@@ -133,13 +131,6 @@ def items_of(spec, cases, remarks=None):
             yield number, *pair
 
 
-def slice_spacing(case):
-    """The millimetres between a volume's slices, rows and columns. Only the header is decoded."""
-    affine = open_volume(case.mask).affine
-    file_axes = np.argsort(io_orientation(affine)[:, 0])  # those of X, Y, Z
-    return voxel_sizes(affine)[file_axes[::-1]]
-
-
 # ---- scores ----
 
 
@@ -169,7 +160,9 @@ def score(model, spec, cases, args, steps, seeds, similarity=None):
             maps.append((truth, *ids))
         truth, *predictions = np.stack(maps, 1) if spec.volumes else maps[0]
         counts.append([metrics.pixel_counts(ids, truth, k) for ids in predictions])
-        spacing = slice_spacing(cases[number]) if spec.volumes else (1, 1)
+        spacing = (1, 1)
+        if spec.volumes:  # the millimetres between slices, rows and columns
+            spacing = spacing_in_space(cases[number].mask)[list(PLANES[spec.plane])]
         details.append(case_details(predictions[0], truth, k, spacing))
         if k == 2 and not spec.volumes:
             details[-1]["benchmark_dice"] = metrics.benchmark_dice(probs[0][0].numpy(), truth)
@@ -261,6 +254,8 @@ def gallery(model, spec, cases, dice, args):
         _, image, truth = max(items, key=lambda item: np.count_nonzero(item[2]))
         prob = segment_images(model, [image], args.steps, args.samples, args.seed, args.spacing)[0]
         ids = model.class_ids(prob).numpy()
+        if spec.volumes:
+            image = image[..., [1, 1, 1]]  # without the neighbours
         row = [image, overlay(image, truth), overlay(image, ids)]
         row = [fit_tile(x, TILE, Image.Resampling.BICUBIC) for x in row]
         name = cases[number].name.encode("ascii", "replace").decode()[-30:]
@@ -339,14 +334,15 @@ def print_scores(spec, summary, columns):
         print(f"{len(empty)} {unit} have an empty truth: {marked} on average.")
 
 
-def main(args):
+def main(args, model=None):
     # 1. The model, the cases, and where the results go
     device = find_device(args.device)
-    model = SDSeg.load(args.model, device, args.precision)
+    model = model or SDSeg.load(args.model, device, args.precision)
     config = model.config
     if args.split is None:  # that of the training, so that few cases are left out
         args.split = config.split if "cvc" in args.data.split("+") else "random"
-    spec = replace(find(args.data, args.root, args.split), window=config.window)
+    spec = replace(find(args.data, args.root, args.split), window=config.window,
+                   plane=config.plane, context=config.context)  # fmt: skip
     classes = spec.classes
     if len(classes) != len(config.classes) or (len(classes) > 2 and classes != config.classes):
         ours, theirs = ", ".join(config.classes), ", ".join(classes)

@@ -1,16 +1,20 @@
 """Train the small autoencoder of nano: `python -m tools.train_vae --data kvasir+cvc`.
 
 The paper takes Stable Diffusion's autoencoder; this command shows how one is made. It learns to
-reconstruct images and masks, which have their own colours or random ones, by L1 and a light KL
-penalty. It writes a `.safetensors` of the autoencoder alone, which `train.py --init` accepts.
+rebuild images, masks, and drawn maps of 2 to 14 classes, by L1 and a light KL penalty, at the size
+asked for, a half and a quarter of it. It writes a `.safetensors` of the autoencoder alone, which
+`train.py --init` accepts. Letters: n maps, k classes, S the side of the current batch.
 """
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
 
 from data import SegmentationData, find
 from sdseg import PRESETS, SDSeg, class_colours, from_pretrained, validate_config
@@ -33,29 +37,76 @@ def parse_args(argv=None):
     add("--init", metavar="FILE", help="weights with the autoencoder to start from (else: random)")
     add("--out", default="runs/vae/vae.safetensors", help="the file to write")
     add("--steps", type=positive_int, default=2000, help="optimiser steps")
-    add("--batch-size", type=bounded(int, 2), default=8, help="a quarter images, the rest masks")
+    add("--batch-size", type=bounded(int, 4), default=8, help="at --size; more at smaller sizes")
     add("--lr", type=bounded(float, 0), default=1e-3, help="peak rate; it falls linearly to zero")
-    add("--size", type=positive_int, default=128, help="pixels, H = W")
+    add("--size", type=positive_int, default=128, help="pixels, H = W, of the largest batches")
     add("--seed", type=seed_int, default=0, help="of everything random")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of autocast")
     return parser.parse_args(argv)
 
 
-def colour_masks(mask, colours, generator):
-    """mask (B, H, W) class ids, `colours` (K, 3) of the classes -> rgb (B, 3, H, W) in [-1, 1].
+def draw_maps(n, k, size, generator, device="cpu"):
+    """n maps of class ids 0 to k - 1, (n, size, size) int64: regions of many sizes and shapes.
 
-    A third of the masks keep their classes and colours. Each of the others is overlaid with the
-    mask before it, shifted: up to four regions, in colours drawn from the 2 to 14 of a data set.
+    A map is the argmax of k fields of smooth noise, coarse or fine. Each field has a bias, so some
+    classes cover much and others little. Up to six ellipses and boxes lie on top of it.
     """
-    unchanged = len(mask) // 3
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator).to(device)
+
+    fields = []
+    for fineness in uniform(n).tolist():
+        cells = 2 + int((size / 10) ** fineness)  # bumps a side
+        grid = torch.randn(1, k, cells, cells, generator=generator).to(device)
+        fields.append(F.interpolate(grid, (size, size), mode="bicubic", align_corners=True))
+    bias = 0.5 * torch.randn(n, k, 1, 1, generator=generator).to(device)
+    maps = (torch.cat(fields) + bias).argmax(1)
+    y = torch.linspace(0, 1, size, device=device)[:, None]
+    for _ in range(6):
+        centre_y, centre_x, angle, height, width, kind, covers = uniform(7, n, 1, 1)
+        dy, dx, cos, sin = y - centre_y, y.T - centre_x, (6.3 * angle).cos(), (6.3 * angle).sin()
+        u = (dy * cos + dx * sin).abs() / (0.02 * 15**height)  # radii: 2 to 30 % of the side
+        v = (dx * cos - dy * sin).abs() / (0.02 * 15**width)
+        inside = torch.where(kind < 0.5, u.square() + v.square(), u.maximum(v)) < 1
+        drawn = (k * uniform(n, 1, 1)).long()
+        maps = torch.where(inside & (covers < 0.4), drawn, maps)
+    return maps
+
+
+def sizes_of(size, levels):
+    """The sides that training alternates between: `size`, a half and a quarter of it."""
+    unit = 2 ** (levels - 1)
+    return [s for s in (size, size // 2, size // 4) if s == size or s >= 32 and s % unit == 0]
+
+
+class ImagesAndMasks(torch.utils.data.Dataset):
+    """[step] -> images (n / 4, 3, S, S) in [-1, 1], masks (n / 4, S, S) of other cases, augmented.
+
+    S goes through `sizes`; a batch of the largest S has n = `batch_size`, and of S / 2 twice that.
+    """
+
+    def __init__(self, data, sizes, batch_size):
+        self.data, self.sizes, self.batch_size = data, sizes, batch_size
+
+    def __getitem__(self, step):
+        side = self.sizes[step % len(self.sizes)]
+        quarter = self.batch_size * self.sizes[0] // side // 4
+        rng = np.random.default_rng([self.data.seed, step])
+        batch = self.data.batch([(step, i) for i in rng.integers(len(self.data), size=2 * quarter)])
+        image = F.interpolate(batch["image"][:quarter], (side, side), mode="area")
+        mask = F.interpolate(batch["mask"][quarter:, None].float(), (side, side))
+        return image, mask[:, 0].long()
+
+
+def add_maps(image, mask, colours, generator):
+    """Images and masks, a quarter of the batch each, and as many drawn maps as both -> rgb
+    (n, 3, S, S) in [-1, 1]. `colours` (K, 3) are those of the masks' classes.
+    """
     k = int(torch.randint(2, MAX_CLASSES + 1, (), generator=generator))
-    foreground = (mask > 0).long()
-    region = foreground + 2 * foreground.roll((1, 20, -20), (0, 1, 2))  # 0, 1, 2 or 3
-    order = torch.rand(len(mask), k, generator=generator).argsort(1)
-    class_of_region = order[:, torch.arange(4) % k]  # (B, 4)
-    ids = class_of_region.gather(1, region.flatten(1)).view_as(mask)
-    rgb = torch.cat([colours[mask[:unchanged]], class_colours(k)[ids[unchanged:]]])
-    return rgb.permute(0, 3, 1, 2).contiguous()
+    maps = draw_maps(2 * len(image), k, image.shape[-1], generator, image.device)
+    rgb = torch.cat([colours[mask], class_colours(k).to(image.device)[maps]])
+    return torch.cat([image, rgb.permute(0, 3, 1, 2)])
 
 
 def reconstruction_loss(vae, x, noise):
@@ -89,22 +140,24 @@ def main(args):
     # 2. Data
     train_data = SegmentationData(spec, "train", args.size, "full", args.seed)
     val_data = SegmentationData(spec, "val", args.size)
+    sizes = sizes_of(args.size, len(model.config.vae.ch_mult))
+    loader = DataLoader(ImagesAndMasks(train_data, sizes, args.batch_size), batch_size=None,
+                        sampler=range(args.steps),
+                        num_workers=min(8, os.cpu_count()) * (device.type == "cuda"))  # fmt: skip
     print(f"{spec.name}: {len(train_data)} training items; autoencoder of "
           f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M on {device}, "
           f"{'bf16' if bf16 else 'fp32'}, {args.steps} steps of {args.batch_size}")  # fmt: skip
 
-    # 3. The loop: a quarter images, the rest masks, because their colours are harder to learn
+    # 3. The loop: a quarter images, a quarter masks, half drawn maps
     generator = torch.Generator().manual_seed(args.seed)
-    began = time.monotonic()
-    for step in range(args.steps):
+    began, log_every = time.monotonic(), max(50, args.steps // 20)
+    for step, (image, mask) in enumerate(loader):
         warm = min(1, (step + 1) / 100)
         optimizer.param_groups[0]["lr"] = args.lr * warm * (1 - step / args.steps)
-        indices = torch.randint(len(train_data), (args.batch_size,), generator=generator).tolist()
-        batch = train_data.batch([(step, i) for i in indices])
-        images = max(1, args.batch_size // 4)
-        masks = colour_masks(batch["mask"][images:], model.colours.cpu(), generator)
-        x = torch.cat([batch["image"][:images], masks]).to(device)
-        noise = torch.randn(len(x), *model.latent_shape, generator=generator).to(device)
+        x = add_maps(image.to(device), mask.to(device), model.colours, generator)
+        z_channels, *sides = model.latent_shape
+        sides = [side * x.shape[-1] // args.size for side in sides]
+        noise = torch.randn(len(x), z_channels, *sides, generator=generator).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             loss, l1, kl = reconstruction_loss(vae, x, noise)
         loss.backward()
@@ -114,7 +167,7 @@ def main(args):
 
         # 4. Log and save
         done = step + 1
-        if done % 50 == 0 or done == args.steps:
+        if done % log_every == 0 or done == args.steps:
             if not l1.isfinite():
                 raise UserError(f"the loss is not finite at step {done}; use a lower --lr")
             left = (time.monotonic() - began) / done * (args.steps - done)

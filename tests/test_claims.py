@@ -1,0 +1,245 @@
+"""tools.claims: each row differs in one thing, stopped runs go on, differences are paired."""
+
+import json
+from dataclasses import fields, replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import disc_folder
+from PIL import Image
+
+from data import SegmentationData, TrainingBatches
+from sdseg import SDSeg, T
+from support.cli import UserError
+from support.metrics import bootstrap_interval
+from support.weights import DEFAULT_WEIGHTS
+from tools import claims, claims_report
+from train import sample_t_and_noise
+
+CPU = torch.device("cpu")
+CLASSES = ("background", "foreground")
+
+
+@pytest.fixture
+def command(tmp_path, monkeypatch):
+    """A function of flags: the command, with 20 small images and small U-Nets -> its arguments."""
+    for name in ("UNET", "PIXEL_UNET"):
+        small = replace(getattr(claims, name), channel_mult=(1, 1), attention_resolutions=(2,))
+        monkeypatch.setattr(claims, name, small)
+    monkeypatch.setattr(claims, "VALIDATIONS", 3)
+    monkeypatch.setattr(claims, "STEPS", (1, 2))
+    fixed = ["--data", str(disc_folder(tmp_path / "own")), "--size", "32", "--batch-size", "2",
+             "--steps", "3", "--vae-steps", "2", "--seeds", "0", "--device", "cpu",
+             "--out", str(tmp_path / "out")]  # fmt: skip
+    return lambda *flags: claims.parse_args([*fixed, *flags])
+
+
+def build(name):
+    torch.manual_seed(0)
+    return claims.build(claims.ROWS[name], str(DEFAULT_WEIGHTS), 32, CLASSES)
+
+
+def sample(name, seed=0, b=2):
+    """Images, masks, t and noise of a step of a row."""
+    generator = torch.Generator().manual_seed(seed)
+    image, mask = torch.randn(b, 3, 32, 32), torch.randint(2, (b, 32, 32))
+    fraction = claims.ROWS[name].terminal_fraction
+    return image, mask, *sample_t_and_noise(b, (4, 8, 8), generator, fraction)
+
+
+def test_a_row_differs_from_another_in_what_its_line_says():
+    """And in nothing else, whatever the line of the other row says."""
+    for rows in claims.TABLE.values():
+        for name, (than, changes) in rows.items():
+            ours, theirs = claims.ROWS[name], claims.ROWS.get(than, claims.Row())
+            differs = [f.name for f in fields(ours)
+                       if getattr(ours, f.name) != getattr(theirs, f.name)]  # fmt: skip
+            assert sorted(differs) == sorted(changes), name
+
+
+def test_t_is_uniform_mixed_or_terminal():
+    """The noise levels that the rows train."""
+    shares = {name: (sample(name, b=800)[2] == T - 1).float().mean().item()
+              for name in ("uniform", "base", "terminal")}  # fmt: skip
+    assert shares["uniform"] < 0.02 and shares["terminal"] == 1
+    assert shares["base"] == pytest.approx(0.875, abs=0.01)
+
+
+def test_only_what_sees_z_t_depends_on_the_noise():
+    """`no-z_t`, `logits` and `plain` give the same for any noise; the z_t of `zeros` is zero."""
+    image = torch.randn(2, 3, 32, 32)
+    for name in ("base", "no-z_t", "logits", "plain"):
+        model = build(name)
+        noises = [torch.randn(2, *model.latent_shape) for _ in range(2)]
+        with torch.no_grad():
+            a, b = (model.ddim_sample(noise, model.encode_image(image), [T - 1])
+                    for noise in noises)  # fmt: skip
+        assert torch.equal(a, b) == (name != "base"), name
+    z_0, last = torch.randn(2, 4, 8, 8), torch.full((2,), T - 1)
+    assert not build("zeros").q_sample(z_0, last, torch.zeros_like(z_0)).any()
+    assert build("uniform-eps").q_sample(z_0, last, torch.zeros_like(z_0)).any()  # the leak
+
+
+def test_zeros_take_the_place_of_the_noise(command, monkeypatch):
+    """In training, and in validation, unless a measurement asks for noise."""
+    seen = []
+    predict = SDSeg.predict
+
+    def spy(self, z_t, t, z_c):
+        seen.append(bool(z_t.any()))
+        return predict(self, z_t, t, z_c)
+
+    monkeypatch.setattr(SDSeg, "predict", spy)
+    monkeypatch.setattr(claims, "z_0_errors", lambda *_: None)
+    result = claims.train_row(command(), "zeros", 0, float("inf"))
+    assert seen == [False] * (len(seen) - 1) + [True]  # the last call is the other start
+    assert result["scores"]["1x1"] == result["curve"][-1]["dice"]
+
+
+def test_the_loss_is_what_the_weights_say():
+    """lambda 0 leaves L_noise alone; a loss on the mask alone needs no latent of it."""
+    for name, parts in (("uniform-eps", "nl"), ("mask", "m"), ("base", "nlm"), ("logits", "m")):
+        row, model, (image, mask, t, noise) = claims.ROWS[name], build(name), sample("base")
+        out = model(image, model.encode_mask(mask), t, noise)
+        terms = {"n": out.noise_loss.mean(), "l": out.latent_loss.mean(),
+                 "m": claims.decoded_mask_loss(model, out.z_0_estimate, mask, t)}  # fmt: skip
+        loss = claims.loss_of(row, model, image, mask, t, noise)
+        torch.testing.assert_close(loss, sum(terms[part] for part in parts))
+    row, other = claims.ROWS["trainable"], claims.ROWS["lambda-1"]
+    assert (row.noise_weight, row.latent_weight, row.mask_weight) == (1, 0, 0)
+    assert (other.noise_weight, other.latent_weight, other.mask_weight) == (1, 1, 0)
+
+
+def test_what_trains():
+    """tau unless it is frozen, no part of the autoencoder unless there is none; equal sizes."""
+    sizes = {}
+    for name in ("concat", "trainable", "cross", "base", "no-z_t", "logits", "plain"):
+        model = build(name)
+        trained = [n for n, p in model.named_parameters() if p.requires_grad]
+        has_tau = any(n.startswith("tau.") for n in trained)
+        assert has_tau == (name not in ("concat", "cross", "plain"))
+        assert any(n.startswith("vae.decoder.") for n in trained) == (name == "logits")
+        assert any(".attn2." in n for n in trained) == (name == "cross")
+        sizes[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert sizes["plain"] == pytest.approx(sizes["base"], rel=0.1)
+    assert torch.equal(build("base").vae.decoder.conv_in.weight,
+                       build("terminal").vae.decoder.conv_in.weight)  # fmt: skip
+    assert not torch.equal(build("base").vae.decoder.conv_in.weight,
+                           build("logits").vae.decoder.conv_in.weight)  # fmt: skip
+
+
+def test_batches_are_those_of_train(command):
+    """The same images and masks in the same order, to the last bit, for any seed."""
+    args = command()
+    spec, data = claims.load_data(args.data, args.root, 32, CPU)
+    ours = data.batch(5, 3, 2)
+    items = SegmentationData(spec, "train", 32, "full", 3)
+    items.crops = False
+    theirs = TrainingBatches(items, 5, 3)[2]
+    for a, b in zip(ours, theirs):
+        assert torch.equal(a, b)
+
+
+def test_a_stopped_run_goes_on_to_the_same_result(command):
+    """Stopped after each step, the JSON has the same numbers; other settings are refused."""
+    args = command("--rows", "base")
+    whole = claims.train_row(args, "base", 0, float("inf"))
+    path, checkpoint = claims.paths_of(args, "base", 0)
+    for _ in range(2):
+        assert claims.train_row(args, "base", 0, deadline=0) is None and checkpoint.exists()
+    claims.main(args)
+    assert json.loads(path.read_text()) | {"seconds": 0} == whole | {"seconds": 0}
+    assert not checkpoint.exists()
+    with pytest.raises(UserError, match="another batch_size"):
+        claims.main(command("--rows", "base", "--batch-size", "3"))
+
+
+def test_the_command_trains_its_f8_autoencoder_and_reports(command, tmp_path, capsys):
+    """Rows of both experiments; time that is up leaves the rest for the next call."""
+    claims.main(command("--rows", "lambda-1,plain", "--minutes", "0"))
+    assert "2 runs are left" in capsys.readouterr().out
+    claims.main(command("--rows", "lambda-1,plain"))
+    text = (tmp_path / "out/report.md").read_text()
+    assert text == capsys.readouterr().out.split("\n", 2)[2][:-1]
+    assert "| lambda-1 | trainable | latent_weight 1.0 | 0.928 |" in text
+    assert "| plain | logits | network plain U-Net | - |" in text
+    result = json.loads((tmp_path / "out/lambda-1-0.json").read_text())
+    assert list(result["scores"]) == ["1x1", "2x1", "1x25"]
+    assert len(result["curve"]) == 3 and result["curve"][-1]["samples"] == 6
+    assert list(result["z_0_errors"])[-2:] == ["999", "noise"]
+    assert result["z_0_errors"]["autoencoder"][0] == 0
+    assert Image.open(tmp_path / "out/claims.png").size == (1380, 420)
+
+
+def test_z_0_errors_are_those_of_the_estimate(command):
+    """A model that returns z_t has no error where z_t is z_0, and that of noise at T - 1."""
+    args = command()
+    _, data = claims.load_data(args.data, args.root, 32, CPU)
+    model = build("base")
+    model.predict = lambda z_t, t, z_c: z_t
+    errors = claims.z_0_errors(model, data.val)
+    values = [errors[str(level)][0] for level in claims.LEVELS]
+    assert values == sorted(values) and values[0] < 0.2 < values[-1]
+    assert errors["noise"] == errors["999"]  # zero terminal SNR: z_T is the noise
+
+
+# ---- the report ----
+
+
+def results(tmp_path, name, seed, levels, **changes):
+    """The JSON of a run: Dice of its images is 0 for two thirds of the run, then `levels`."""
+    n = len(levels)
+    curve = [{"samples": i, "dice": levels if i >= 2 else [0.0] * n} for i in range(3)]
+    settings = {key: 1 for key in claims_report.SAME}
+    settings |= {"row": name, "seed": seed, "start": "noise", **changes}
+    result = {"settings": settings, "groups": [f"g{i // 2}" for i in range(n)], "curve": curve,
+              "scores": {"1x1": levels}, "z_0_errors": None, "parameters": 1, "samples": 2,
+              "seconds": 1.0, "jobs": 1, "device": "d", "torch": "t"}  # fmt: skip
+    tmp_path.mkdir(exist_ok=True)
+    (tmp_path / f"{name}-{seed}.json").write_text(json.dumps(result))
+
+
+def test_a_difference_is_paired_by_seed_and_by_image(tmp_path):
+    """A constant gain is certain however much images and seeds differ; an unpaired seed is out."""
+    rng = np.random.default_rng(0)
+    for seed in range(3):
+        theirs = rng.random(8)
+        results(tmp_path, "base", seed, theirs.tolist())
+        if seed < 2:
+            results(tmp_path, "v", seed, (theirs + 0.125).tolist())
+    found = claims_report.load_results(tmp_path, ["base", "v"])
+    levels = [{s: claims_report.plateau(r) for s, r in found[n].items()} for n in ("v", "base")]
+    groups = found["v"][0]["groups"]
+    mean, low, high, seeds = claims_report.difference(*levels, groups)
+    np.testing.assert_allclose([mean, low, high, *seeds], 0.125)
+    assert claims_report.in_words(*levels, groups) == "+0.125 (+0.125 to +0.125)*"
+    claims_report.report(tmp_path, {"faithful": {}, "helps": claims.TABLE["helps"]})
+    assert "| +0.125 (+0.125 to +0.125)* |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_interval_is_over_groups_of_images():
+    """It is the bootstrap interval of the images' differences, the seeds averaged first."""
+    rng = np.random.default_rng(1)
+    ours, theirs = ({s: rng.random(10) for s in range(2)} for _ in range(2))
+    groups = list("aabbccddee")
+    d = (ours[0] - theirs[0] + ours[1] - theirs[1]) / 2
+    mean, low, high, _ = claims_report.difference(ours, theirs, groups)
+    assert (low, high) == bootstrap_interval(d, np.array(groups)) and low < mean < high
+    flipped = {0: theirs[0] + 0.2, 1: theirs[1] - 0.1}  # the seeds disagree: no star
+    assert "*" not in claims_report.in_words(flipped, theirs, groups)
+
+
+def test_runs_that_were_not_made_alike_are_refused(tmp_path):
+    """In one report; and a folder without results, or with a file that is none."""
+    with pytest.raises(UserError, match="holds no result"):
+        claims_report.load_results(tmp_path, ["base"])
+    results(tmp_path, "base", 0, [0.5])
+    results(tmp_path, "v", 0, [0.5], steps=2)
+    with pytest.raises(UserError, match="not of the same"):
+        claims_report.load_results(tmp_path, ["base", "v"])
+    (tmp_path / "v-0.json").write_text("{}")
+    with pytest.raises(UserError, match="not a result"):
+        claims_report.load_results(tmp_path, ["base", "v"])
+    with pytest.raises(UserError, match="--rows nothing: choose from"):
+        claims.parse_args(["--rows", "nothing"])

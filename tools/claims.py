@@ -1,0 +1,520 @@
+"""The paper's claims at small size, and does diffusion help? `python -m tools.claims`.
+
+Every row of two experiments is trained with several seeds and scored on validation images. Each
+(row, seed) leaves one small JSON in --out; a second call goes on where the first was stopped.
+`--report` makes two tables and a figure of the JSONs. Rows differ from the row that they are
+compared with in what their line in TABLE says, and in nothing else: same data, batches, steps and
+one frozen autoencoder for each latent size. The rate is constant after a warm-up and the weights
+are averaged (EMA), because plateaus are compared: mean validation Dice of the last third.
+Letters: B batch, N images, S pixels of a side, M measurements, z_0 z_t z_c as in `sdseg.py`.
+"""
+
+import functools
+import json
+import multiprocessing
+import signal
+import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data import (
+    SegmentationData,
+    TrainingBatches,
+    colour_jitter,
+    find,
+    random_affine,
+    symmetry,
+    symmetry_of,
+)
+from sdseg import PRESETS, Losses, SDSeg, SDSegConfig, T, ddim_timesteps
+from support.cli import (
+    ArgumentParser,
+    UserError,
+    atomic_write,
+    bounded,
+    keep_freed_memory,
+    positive_int,
+    print_line,
+    run_command,
+)
+from support.device import device_name, find_device
+from support.folders import file_hash
+from support.metrics import dice_from_counts, latent_std
+from support.run_state import load_state, save_state
+from support.weights import DEFAULT_WEIGHTS, load_strict, read_weights, write_weights
+from tools.claims_report import plateau, report
+from tools.train_vae import reconstruction_loss
+from train import decoded_mask_loss, make_ema, sample_t_and_noise, update_ema
+from unet import UNet, UNetConfig
+from vae import VAEConfig
+
+LR, WARMUP, EMA = 1e-3, 50, 0.99
+UNET = UNetConfig("sd", 8, 4, 32, (1, 2, 4), 1, (2, 4), 4, None)  # 3.9 M parameters
+PIXEL_UNET = UNetConfig("sd", 3, 2, 32, (1, 1, 2, 4), 1, (4, 8), 4, None)  # of `plain`: 4.0 M
+VALIDATIONS = 15  # in a run, evenly spread; the last five are the plateau
+CHUNK = 64  # validation images at a time
+STEPS = (1, 2, 5, 10, 50)  # DDIM steps of Figure 3
+LEVELS = (9, 99, 199, 299, 499, 699, 849, 949, T - 1)  # t at which the z_0 estimate is measured
+SAVE_EVERY = 60  # seconds between two checkpoints of a run
+
+
+# ---- the rows ----
+
+
+@dataclass(frozen=True)
+class Row:
+    """One way to train and to segment. The defaults are nano's recipe: the base of `helps`."""
+
+    latents: str = "f4"  # the frozen autoencoder: of --vae, or the f8 one that this command trains
+    prediction: str = "x0"
+    zero_terminal_snr: bool = True  # "eps" cannot have it, see sdseg.py:noise_schedule
+    fusion: str = "concat"
+    freeze_encoder: bool = False
+    terminal_fraction: float = 0.875  # of the samples at t = T - 1, the others are uniform
+    noise_weight: float = 1.0
+    latent_weight: float = 1.0  # lambda
+    mask_weight: float = 1.0
+    start: str = "noise"  # the noise of training and inference, or "zeros" in its place
+    network: str = "SDSeg"  # "no z_t", "no autoencoder" and "plain U-Net": see `build`
+
+
+# The paper's own recipe. Its cross-attention has tokens without a position, as in the paper.
+PAPER = dict(latents="f8", prediction="eps", zero_terminal_snr=False, fusion="cross",
+             freeze_encoder=True, terminal_fraction=0.0, latent_weight=0.0, mask_weight=0.0,
+             )  # fmt: skip
+TABLE = {  # experiment: row: (the row that it is compared with, what differs from it)
+    "faithful": {
+        "cross": (None, PAPER),
+        "concat": ("cross", dict(fusion="concat")),  # Table 6, row by row
+        "trainable": ("concat", dict(freeze_encoder=False)),
+        "lambda-1": ("trainable", dict(latent_weight=1.0)),
+        "cross-trainable": ("cross", dict(freeze_encoder=False)),  # does tau make up for it?
+        "f8-x0": ("lambda-1", dict(prediction="x0")),  # is it the noise prediction?
+    },
+    "helps": {
+        "base": (None, {}),
+        "eps": ("base", dict(prediction="eps")),  # this also keeps the schedule's leak
+        "v": ("base", dict(prediction="v")),
+        "eq-3": ("base", dict(mask_weight=0.0)),
+        "uniform": ("eq-3", dict(terminal_fraction=0.0)),
+        "uniform-eps": ("uniform", dict(prediction="eps")),  # the paper's, at f4
+        "terminal": ("base", dict(terminal_fraction=1.0)),  # z_t is noise alone from here on
+        "zeros": ("terminal", dict(start="zeros")),  # a constant in place of the noise
+        "no-z_t": ("terminal", dict(network="no z_t")),  # 4 input channels fewer
+        "latent": ("no-z_t", dict(mask_weight=0.0)),  # a regression of latents
+        "mask": ("no-z_t", dict(noise_weight=0.0, latent_weight=0.0)),
+        "logits": ("mask", dict(network="no autoencoder")),  # tau and decoder from scratch
+        "plain": ("logits", dict(network="plain U-Net")),  # on pixels, with skips
+    },
+}
+ROWS = {}
+for rows in TABLE.values():
+    for name, (than, changes) in rows.items():
+        ROWS[name] = replace(ROWS[than] if than else Row(), **changes)
+
+
+def measurements(row):
+    """What the last model is scored at: {name: (DDIM steps, samples, what it starts from)}."""
+    asked = {"1x1": (1, 1, row.start)}
+    if row.network != "SDSeg":
+        return asked
+    if row.latents == "f8":
+        return {f"{s}x1": (s, 1, row.start) for s in STEPS} | {"1x25": (1, 25, row.start)}
+    if row.terminal_fraction < 1:
+        asked["10x1"] = (10, 1, row.start)
+    return asked | {"other": (1, 1, "zeros" if row.start == "noise" else "noise")}
+
+
+# ---- the networks ----
+
+
+class WithoutZt(SDSeg):
+    """The one difference: the U-Net sees z_c alone, so nothing depends on noise or on z_0."""
+
+    def predict(self, z_t, t, z_c):
+        return self.unet(z_c, t)
+
+
+class PlainUNet(nn.Module):
+    """A U-Net from pixels to logits: no latents, no noise, t = 0. The names are SDSeg's, so that
+    the loop, the loss on the mask and the scores need no other code.
+    """
+
+    latent_shape = (1, 1, 1)  # of noise that nothing reads
+
+    def __init__(self):
+        super().__init__()
+        self.unet = UNet(PIXEL_UNET)
+        self.encode_image = self.decode_mask = self.logits = nn.Identity()
+
+    def forward(self, image, z_0, t, noise):
+        return Losses(None, None, self.ddim_sample(noise, image, None))
+
+    def ddim_sample(self, noise, image, timesteps):
+        return self.unet(image, torch.zeros(len(image), dtype=torch.int64, device=image.device))
+
+    def probabilities(self, logits):
+        return logits.softmax(1)[:, 1:]
+
+
+def build(row, vae_file, size, classes):
+    """The untrained model of a row; U-Net and tau are about as large as the plain U-Net."""
+    if row.network == "plain U-Net":
+        return PlainUNet()
+    config, tensors = read_weights(vae_file, SDSegConfig)
+    z = config.vae.z_channels
+    sees_both = row.network == "SDSeg" and row.fusion == "concat"
+    tokens = z if row.fusion == "cross" else None
+    unet = replace(UNET, in_channels=z + z * sees_both, out_channels=z, context_dim=tokens)
+    config = replace(config, unet=unet, classes=classes, image_size=size, fusion=row.fusion,
+                     prediction=row.prediction, zero_terminal_snr=row.zero_terminal_snr,
+                     )  # fmt: skip
+    model = (SDSeg if row.network == "SDSeg" else WithoutZt)(config)
+    if row.network == "no autoencoder":  # the same layers: random at first, all trained
+        model.config = replace(config, mask_scale=1.0)
+        for part in (model.vae.post_quant_conv, model.vae.decoder):
+            part.requires_grad_()
+        return model
+    vae = {k.removeprefix("vae."): v for k, v in tensors.items() if k.startswith("vae.")}
+    load_strict(model.vae, vae, vae_file)
+    model.tau.init_from(model.vae)
+    model.tau.requires_grad_(not row.freeze_encoder)
+    return model
+
+
+def loss_of(row, model, image, mask, t, noise):
+    """The weighted losses of a row; t (B,) on the CPU, the rest on the device."""
+    weighs_latents = row.noise_weight or row.latent_weight
+    z_0 = model.encode_mask(mask) if weighs_latents else noise
+    out, loss = model(image, z_0, t.to(image.device), noise), 0.0
+    if weighs_latents:
+        loss = row.noise_weight * out.noise_loss.mean()
+        loss = loss + row.latent_weight * out.latent_loss.mean()
+    if row.mask_weight:
+        loss = loss + row.mask_weight * decoded_mask_loss(model, out.z_0_estimate, mask, t)
+    return loss
+
+
+# ---- the data, all of it on the device ----
+
+
+class DeviceData:
+    """Training images in their 8 symmetries and validation images, as uint8 on the device.
+
+    Augmented as in train.py, but without its crops.
+    """
+
+    def __init__(self, spec, size, device):
+        self.train = SegmentationData(spec, "train", size, "full")
+        val = SegmentationData(spec, "val", size)
+        items = (np.moveaxis(x, 0, 2) for x in (self.train.images, self.train.masks))
+        images, masks = items  # (S, S, N, 3), (S, S, N): `symmetry` turns the first two axes
+        turned = zip(*(symmetry(images, masks, i) for i in range(8)))
+        stacked = (np.concatenate([np.moveaxis(x, 2, 0) for x in xs]) for xs in turned)
+        self.images, self.masks = (torch.from_numpy(x).to(device) for x in stacked)
+        image = torch.from_numpy(np.array(val.images)).permute(0, 3, 1, 2).float() / 127.5 - 1
+        mask = torch.from_numpy(np.array(val.masks)).long()
+        pairs = zip(image.split(CHUNK), mask.split(CHUNK))
+        self.val = [(x.to(device), y.to(device)) for x, y in pairs]
+        self.groups = [case.group for case in val.cases]
+
+    def batch(self, batch_size, seed, step):
+        """The step's images (B, 3, S, S) and masks (B, S, S): those of train.py."""
+        self.train.seed = seed
+        batches, first = TrainingBatches(self.train, batch_size, seed), step * batch_size
+        samples = [batches.sample(first + i) for i in range(batch_size)]
+        draws = np.stack([self.train.draw(*sample) for sample in samples])
+        symmetries = [symmetry_of(draw) for draw in draws]
+        rows = [s * len(self.train) + i for s, (_, i) in zip(symmetries, samples)]
+        image = self.images[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
+        draws = torch.from_numpy(draws).float().to(image.device)
+        image, mask = random_affine(image, self.masks[rows].long(), draws)
+        return colour_jitter(image, draws), mask
+
+
+@functools.cache
+def load_data(data, root, size, device):
+    spec = find(data, root)
+    if spec.volumes or len(spec.classes) > 2:
+        raise UserError(f"--data {data}: this command needs images and one class of foreground")
+    return spec, DeviceData(spec, size, device)
+
+
+# ---- scores ----
+
+
+def image_dice(prob, mask):
+    """Probabilities (B, 1, S, S), masks (B, S, S) -> B numbers."""
+    ids = (prob[:, 0] > 0.5).long()
+    counts = [(x.flatten(1).sum(1)).cpu().numpy() for x in (ids * mask, ids, mask)]
+    return dice_from_counts(np.stack(counts, 1)).round(4).tolist()
+
+
+@torch.no_grad()
+def score(model, val, steps, samples, start):
+    """Dice of each validation image; each has noise of its own, of seed 0, drawn on the CPU."""
+    generator, result = torch.Generator().manual_seed(0), []
+    for image, mask in val:
+        z_c, prob = model.encode_image(image), 0.0
+        for _ in range(samples):
+            noise = torch.randn(len(image), *model.latent_shape, generator=generator)
+            noise = noise.to(image.device) * (start == "noise")
+            z_0 = model.ddim_sample(noise, z_c, ddim_timesteps(steps))
+            prob = prob + model.probabilities(model.decode_mask(z_0)) / samples
+        result += image_dice(prob, mask)
+    return result
+
+
+@torch.no_grad()
+def z_0_errors(model, val):
+    """How good one call is at each noise level: {level: [mean |z_0 estimate - z_0|, mean Dice]}.
+
+    z_t holds the true z_0, as in training. "noise" is t = T - 1 from pure noise, as in inference,
+    "autoencoder" the true z_0 itself: no row can score more than its Dice.
+    """
+    generator, sums = torch.Generator().manual_seed(0), {}
+    for image, mask in val:
+        z_0, z_c = model.encode_mask(mask), model.encode_image(image)
+        noise = torch.randn(z_0.shape, generator=generator).to(z_0.device)
+        estimates = {"autoencoder": z_0}
+        for level in (*LEVELS, "noise"):
+            t = torch.full((len(z_0),), T - 1 if level == "noise" else level, device=z_0.device)
+            z_t = noise if level == "noise" else model.q_sample(z_0, t, noise)
+            estimates[str(level)] = model.predict_z0(z_t, t, model.predict(z_t, t, z_c))
+        for level, estimate in estimates.items():
+            error = (estimate - z_0).abs().mean((1, 2, 3)).cpu().tolist()
+            dice = image_dice(model.probabilities(model.decode_mask(estimate)), mask)
+            sums.setdefault(level, []).append(np.stack([error, dice]))
+    means = {level: np.concatenate(pairs, 1).mean(1) for level, pairs in sums.items()}
+    return {level: pair.round(4).tolist() for level, pair in means.items()}
+
+
+# ---- one run ----
+
+
+def settings_of(args, name, seed):
+    """All that decides a run's numbers, as it stands in its JSON and in its checkpoint."""
+    row = ROWS[name]
+    common = {k: getattr(args, k) for k in ("data", "size", "steps", "batch_size")}
+    vae = None if row.network == "plain U-Net" else file_hash(vae_file(args, row))[:16]
+    constants = {"lr": LR, "warmup": WARMUP, "ema": EMA, "vae": vae}
+    return {"row": name, "seed": seed, **asdict(row), **common, **constants}
+
+
+def vae_file(args, row):
+    return args.vae if row.latents == "f4" else str(Path(args.out) / "f8.safetensors")
+
+
+def paths_of(args, name, seed):
+    return (Path(args.out) / f"{name}-{seed}.json",
+            Path(args.out) / "unfinished" / f"{name}-{seed}.pt")  # fmt: skip
+
+
+def check_settings(found, settings, path):
+    different = sorted(k for k in found.keys() | settings if found.get(k) != settings.get(k))
+    if different:
+        raise UserError(f"{path}: made with another {', '.join(different)}; use another --out")
+
+
+def train_row(args, name, seed, deadline):
+    """Train and score one row with one seed, from its checkpoint if there is one -> its JSON's
+    content, or None if the deadline, as time.time() counts, came first: then it is saved.
+    """
+    row, settings = ROWS[name], settings_of(args, name, seed)
+    device, (_, checkpoint) = find_device(args.device), paths_of(args, name, seed)
+    spec, data = load_data(args.data, args.root, args.size, device)
+    torch.manual_seed(seed)
+    model = build(row, vae_file(args, row), args.size, spec.classes).to(device)
+    if row.network in ("SDSeg", "no z_t"):
+        model.config = replace(model.config, mask_scale=1 / latent_std(model, data.train))
+    ema, averages = make_ema(model)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=LR, fused=True)
+    state = dict(model=model, ema=ema, optimizer=optimizer)
+    begin, curve, seconds = 0, [], 0.0
+    if checkpoint.exists():
+        values = load_state(checkpoint, **state)
+        check_settings(values["settings"], settings, checkpoint)
+        begin, curve, seconds = values["step"], values["curve"], values["seconds"]
+
+    began = saved = time.monotonic()
+    for step in range(begin, args.steps):
+        optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP)
+        image, mask = data.batch(args.batch_size, seed, step)
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+        t, noise = sample_t_and_noise(len(image), model.latent_shape, generator,
+                                      row.terminal_fraction, step * len(image))  # fmt: skip
+        noise = noise.to(device) * (row.start == "noise")
+        loss_of(row, model, image, mask, t, noise).backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        update_ema(averages, trained, step, EMA)
+        done, late = step + 1, time.time() > deadline
+        if done * VALIDATIONS // args.steps > step * VALIDATIONS // args.steps:
+            dice = score(ema, data.val, 1, 1, row.start)
+            curve.append({"samples": done * args.batch_size, "dice": dice})
+        if late or time.monotonic() - saved > SAVE_EVERY:
+            saved = time.monotonic()
+            spent = seconds + saved - began
+            values = dict(settings=settings, step=done, curve=curve, seconds=spent)
+            save_state(checkpoint, values, **state)
+        if late:
+            return None
+    seconds += time.monotonic() - began
+    errors = z_0_errors(ema, data.val) if row.network in ("SDSeg", "no z_t") else None
+    return {
+        "settings": settings,
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "parameters": sum(p.numel() for p in trained),
+        "samples": args.steps * args.batch_size,
+        "seconds": round(seconds, 1),
+        "jobs": args.jobs,
+        "groups": data.groups,
+        "curve": curve,
+        "scores": {k: score(ema, data.val, *how) for k, how in measurements(row).items()},
+        "z_0_errors": errors,
+    }
+
+
+def work(args, name, seed, deadline):
+    """Run one row in this process, write its JSON -> a line to print, or None if time was up."""
+    torch.set_float32_matmul_precision("high")  # TF32 on a GPU
+    torch.backends.cudnn.benchmark = True
+    path, checkpoint = paths_of(args, name, seed)
+    result = train_row(args, name, seed, deadline) if time.time() < deadline else None
+    if result is None:
+        return None
+    with atomic_write(path) as temporary:
+        temporary.write_text(json.dumps(result))
+    checkpoint.unlink(missing_ok=True)
+    return f"{name}, seed {seed}: Dice {plateau(result).mean():.4f}, {result['seconds']:.0f} s"
+
+
+def set_up_process(threads):
+    """Of each process that runs rows. Ctrl-C ends it at once; its last checkpoint stays."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    keep_freed_memory()
+    torch.set_num_threads(threads)
+
+
+# ---- the f8 autoencoder ----
+
+
+def train_f8(args):
+    """Train the small f8 autoencoder of `faithful`, on images and masks, and write its file."""
+    path, device = Path(args.out) / "f8.safetensors", find_device(args.device)
+    if path.exists():
+        return
+    spec, data = load_data(args.data, args.root, args.size, device)
+    torch.manual_seed(0)
+    config = replace(PRESETS["nano"], vae=VAEConfig(32, (1, 1, 2, 2), 1), classes=spec.classes,
+                     image_size=args.size)  # fmt: skip
+    model = SDSeg(config).to(device)
+    vae, generator = model.vae.requires_grad_(), torch.Generator().manual_seed(0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0)
+    for step in range(args.vae_steps):
+        warm = min(1.0, (step + 1) / WARMUP)
+        optimizer.param_groups[0]["lr"] = LR * warm * (1 - step / args.vae_steps)
+        image, mask = data.batch(16, 0, step)
+        x = torch.cat([image[:4], model.labels_to_rgb(mask[4:])])
+        noise = torch.randn(len(x), *model.latent_shape, generator=generator).to(device)
+        loss, l1, _ = reconstruction_loss(vae, x, noise)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if (step + 1) % 300 == 0:
+            print_line(f"f8 autoencoder: step {step + 1}, l1 {l1.item():.4f}")
+    write_weights(path, {f"vae.{k}": v for k, v in vae.state_dict().items()}, config)
+
+
+# ---- the command ----
+
+
+def parse_args(argv=None):
+    parser = ArgumentParser("The paper's claims at small size, and does diffusion help?")
+    add = parser.add_argument
+    add("--rows", type=row_names, default="faithful,helps", help="rows, or faithful, or helps")
+    add("--seeds", type=seed_list, default="0,1,2", help="training seeds, with commas")
+    add("--out", default="runs/claims", metavar="DIR", help="where the JSONs and the report go")
+    add("--report", action="store_true", help="only make the report, from the JSONs in --out")
+    add("--data", default="kvasir+cvc", help="a data set as in train.py")
+    add("--root", default="data", help="where the data sets are")
+    add("--size", type=positive_int, default=64, help="pixels, H = W")
+    add("--vae", default=str(DEFAULT_WEIGHTS), metavar="FILE", help="with the f4 autoencoder")
+    add("--vae-steps", type=positive_int, default=1500, help="of the f8 autoencoder's training")
+    add("--steps", type=bounded(int, VALIDATIONS), default=600, help="optimiser steps of a run")
+    add("--batch-size", type=positive_int, default=64, help="images")
+    add("--jobs", type=positive_int, default=1, help="runs side by side, each a process")
+    add("--minutes", type=bounded(float, 0), help="then save the unfinished runs and stop")
+    add("--device", help="cuda, mps or cpu (default: the first that is there)")
+    return parser.parse_args(argv)
+
+
+def row_names(text):
+    """Names of rows or experiments, with commas -> names of rows, in the order of TABLE."""
+    asked = text.split(",")
+    wrong = [name for name in asked if name not in ROWS and name not in TABLE]
+    if wrong:
+        raise UserError(f"--rows {wrong[0]}: choose from {', '.join([*TABLE, *ROWS])}")
+    return [name for experiment, rows in TABLE.items() for name in rows
+            if name in asked or experiment in asked]  # fmt: skip
+
+
+def seed_list(text):
+    return [bounded(int, 0, 2**32 - 1)(seed) for seed in text.split(",")]
+
+
+def main(args):
+    if args.report:
+        return report(args.out, TABLE)
+    deadline = time.time() + 60 * args.minutes if args.minutes is not None else float("inf")
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    if any(ROWS[name].latents == "f8" for name in args.rows):
+        train_f8(args)
+    load_data(args.data, args.root, args.size, find_device(args.device))  # decoded once, for all
+    todo = []
+    for seed in args.seeds:  # seed 0 of all rows first: a first answer comes early
+        for name in args.rows:
+            path, _ = paths_of(args, name, seed)
+            if path.exists():
+                found = json.loads(path.read_text())["settings"]
+                check_settings(found, settings_of(args, name, seed), path)
+            else:
+                todo.append((name, seed))
+    finished = 0
+    for line in run_all(args, todo, deadline, threads):
+        if line:
+            finished += 1
+            print_line(f"{finished}/{len(todo)}  {line}")
+    if finished < len(todo):
+        print_line(f"{len(todo) - finished} runs are left; the same command goes on with them")
+    if any(Path(args.out).glob("*-*.json")):
+        report(args.out, TABLE)
+
+
+def run_all(args, todo, deadline, threads):
+    """Yield what `work` returns for each (row, seed), in the order in which they end."""
+    if args.jobs == 1:
+        yield from (work(args, name, seed, deadline) for name, seed in todo)
+        return
+    spawn = multiprocessing.get_context("spawn")  # CUDA cannot be forked
+    with ProcessPoolExecutor(args.jobs, spawn, set_up_process, (threads,)) as pool:
+        futures = [pool.submit(work, args, *task, deadline) for task in todo]
+        try:
+            for future in as_completed(futures):
+                yield future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+if __name__ == "__main__":
+    run_command(lambda: main(parse_args()))
