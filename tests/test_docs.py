@@ -9,7 +9,7 @@ from conftest import ROOT
 DOCUMENTS = {path: path.read_text() for path in ROOT.rglob("*.md") if "goldens" not in path.parts}
 README = DOCUMENTS[ROOT / "README.md"]
 DATA = DOCUMENTS[ROOT / "docs/data.md"]
-SHELL = "\n".join([README, DATA])
+SHELL = "\n".join([README, DATA, (ROOT / "docs/reproduce.sh").read_text()])
 COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d+) (-m tools\.\w+|\w+\.py)", SHELL)))
 
 
