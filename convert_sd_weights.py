@@ -29,6 +29,12 @@ KINDS = {  # what it is: a tensor that only it has, its preset, the input channe
     "Stable Diffusion v1": (UNET + "input_blocks.1.1.proj_in.weight", "sd-v1", 4),
     "LDM lsun_churches": (UNET + "input_blocks.1.1.qkv.weight", "ldm-kl-8", 4),
 }
+ADDRESSES = {  # what stands in the path of a public checkpoint: where it is; see docs/data.md
+    "kl-f8": "https://ommer-lab.com/files/latent-diffusion/kl-f8.zip",
+    "lsun_churches": "https://ommer-lab.com/files/latent-diffusion/lsun_churches.zip",
+    "sd-v1-4": "https://huggingface.co/CompVis/stable-diffusion-v-1-4-original",
+    "": "https://huggingface.co/stable-diffusion-v1-5/stable-diffusion-v1-5",
+}
 CONV_IN = UNET + "input_blocks.0.0.weight"
 CONTEXT = UNET + "input_blocks.1.1.transformer_blocks.0.attn2.to_k.weight"
 
@@ -52,7 +58,10 @@ def parse_args(argv=None):
 
 
 def read_source(path):
-    """{CompVis name: tensor} of a checkpoint file or a diffusers folder."""
+    """{CompVis name: tensor} of a checkpoint file or a diffusers folder. Raises UserError."""
+    if not path.exists():
+        address = next(where for part, where in ADDRESSES.items() if part in str(path))
+        raise UserError(f"{path}: no such file; download: {address}, see docs/data.md")
     if path.is_dir():
         return read_source(find_part(path, "unet")) | read_source(find_part(path, "vae"))
     tensors = compvis_names(read_tensors(path))

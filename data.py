@@ -67,12 +67,13 @@ def find_kvasir(root, split):
 
 
 def find_refuge2(root, split):
-    cases = []
+    cases, source = [], "https://www.kaggle.com/datasets/victorlemosml/refuge2"
     for part in PARTS:  # validation and training together are the published training images
-        if part == "val" and not (root / "refuge2/val").is_dir():
+        layouts = [(f"refuge2/{part}/images", f"refuge2/{part}/masks"),
+                   (f"REFUGE2/{part}/images", f"REFUGE2/{part}/mask")]  # fmt: skip
+        if part == "val" and not any((root / images).is_dir() for images, _ in layouts):
             continue
-        layouts = [(f"refuge2/{part}/images", f"refuge2/{part}/masks")]
-        found = folders.find_folders(root, layouts, "https://refuge.grand-challenge.org/")
+        found = folders.find_folders(root, layouts, source)
         cases += [prefixed(case, part) for case in folders.pairs(*found)]
     test = [case for case in cases if case.name.startswith("test/")]
     splits = split_by_list(cases, test, 1, 10)

@@ -307,7 +307,8 @@ def resolve_defaults(args, world_size, device):
     if args.init is None:
         big = Path("weights/sd-v1.safetensors")
         args.init = str(big if big.exists() else DEFAULT_WEIGHTS)
-        why = "converted weights are there" if big.exists() else f"there is no {big}"
+        missing = f"there is no {big}, see docs/data.md"
+        why = "converted weights are there" if big.exists() else missing
     config = read_weights(args.init, SDSegConfig)[0]
     recipe = recipe_of(config)
     if args.batch_size is None:  # at least one image for each process

@@ -169,7 +169,7 @@ def find_folders(root, layouts, source=None):
         if all((root / folder).is_dir() for folder in pair):
             return [root / folder for folder in pair]
     expected = " or ".join(f"{a} + {b}" for a, b in layouts)
-    hint = f"; --root says where to look; download: {source}" if source else ""
+    hint = f"; --root says where to look; download: {source}, see docs/data.md" if source else ""
     raise UserError(f"{root}: no data set in it; expected {expected}{hint}")
 
 

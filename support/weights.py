@@ -38,7 +38,7 @@ def read_weights(path, config_class):
             text = (file.metadata() or {}).get("sdseg")
             tensors = {name: file.get_tensor(name) for name in file.keys()}
     except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
+        raise UserError(f"{path}: no such file; public weights: see docs/data.md") from None
     except (safetensors.SafetensorError, OSError, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"{path}: not a readable .safetensors file ({one_line(error)})") from None
     if text is None:

@@ -279,7 +279,8 @@ def test_arguments_that_cannot_be(tiny, capsys):
     check_refusal(capsys, "no averaged U-Net", "model.safetensors", "--ema")
     check_refusal(capsys, "is the source", "model.safetensors", "--out", "./model.safetensors")
     check_refusal(capsys, "ends in .safetensors", "model.safetensors", "--out", "model.ckpt")
-    check_refusal(capsys, "nowhere.ckpt: No such file or directory", "nowhere.ckpt")
+    check_refusal(capsys, "https://huggingface.co/stable-diffusion-v1-5/", "nowhere.ckpt")
+    check_refusal(capsys, "/lsun_churches.zip, see docs/data.md", "lsun_churches/model.ckpt")
     check_refusal(capsys, "no unet/diffusion_pytorch_model", ".")
 
 

@@ -109,8 +109,12 @@ def test_refuge2_cup_and_disc_crop(tmp_path):
     mask[90:110, 110:130] = 0
     for part, n in (("train", 8), ("val", 4), ("test", 4)):
         for i in range(n):
-            save(tmp_path / f"refuge2/{part}/images/{i}.jpg", np.zeros((200, 240, 3), np.uint8))
-            save(tmp_path / f"refuge2/{part}/masks/{i}.bmp", mask)
+            save(tmp_path / f"REFUGE2/{part}/images/{i}.jpg", np.zeros((200, 240, 3), np.uint8))
+            save(tmp_path / f"REFUGE2/{part}/mask/{i}.bmp", mask)
+    assert sizes(find("refuge2", tmp_path)) == [11, 1, 4]  # as downloaded
+    (tmp_path / "REFUGE2").rename(tmp_path / "refuge2")
+    for part in PARTS:
+        (tmp_path / f"refuge2/{part}/mask").rename(tmp_path / f"refuge2/{part}/masks")
     spec = find("refuge2", tmp_path)
     case = spec.splits["test"][0]
     assert sizes(spec) == [11, 1, 4] and case.name == "test/0"

@@ -8,7 +8,9 @@ from conftest import ROOT
 
 DOCUMENTS = {path: path.read_text() for path in ROOT.rglob("*.md") if "goldens" not in path.parts}
 README = DOCUMENTS[ROOT / "README.md"]
-COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d+) (-m tools\.\w+|\w+\.py)", README)))
+DATA = DOCUMENTS[ROOT / "docs/data.md"]
+SHELL = "\n".join([README, DATA, (ROOT / "docs/reproduce.sh").read_text()])
+COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d+) (-m tools\.\w+|\w+\.py)", SHELL)))
 
 
 def test_every_path_and_link_exists():
@@ -29,14 +31,23 @@ def test_functions_named_in_the_documents_exist():
         assert re.search(rf"(def|class) {function}\b|import .*\b{function}\b", code), function
 
 
+def test_addresses_in_the_messages_are_those_of_the_document():
+    """What is missing is said with an address; docs/data.md has the same one."""
+    for code in (ROOT / "data.py", ROOT / "convert_sd_weights.py"):
+        addresses = re.findall(r"https?://[^\s\"]+", code.read_text())
+        assert len(addresses) >= 4
+        for address in addresses:
+            assert f"<{address}>" in DATA, address
+
+
 @pytest.mark.parametrize("command", COMMANDS)
-def test_flags_in_the_readme_exist(command, capsys):
-    """Every flag that a command of the README passes is one of that program."""
+def test_flags_in_the_commands_exist(command, capsys):
+    """Every flag that a command of the documents passes is one of that program."""
     program = import_module(command.removeprefix("-m ").removesuffix(".py"))
     with pytest.raises(SystemExit, match="0"):
         program.parse_args(["--help"])
     known = capsys.readouterr().out
-    for line in README.replace("\\\n", " ").splitlines():
+    for line in SHELL.replace("\\\n", " ").splitlines():
         if f" {command} " in line:
             for flag in re.findall(r" (--[\w-]+)", line.split("#")[0].split(command)[1]):
                 assert flag in known, (command, flag)

@@ -1,4 +1,4 @@
-"""The other tools: an autoencoder that learns, a benchmark that compares, a figure that is true."""
+"""The other tools: an autoencoder that learns, a benchmark that compares, a figure, a report."""
 
 import platform
 import re
@@ -18,6 +18,7 @@ from sdseg import PRESETS, SDSeg, SDSegConfig, class_colours, from_pretrained
 from support.cli import UserError
 from support.weights import read_weights
 from tools import benchmark, calibrate, evaluate, figures, plain_unet, train_vae
+from tools import report as paper_report
 
 CPU = torch.device("cpu")
 
@@ -254,3 +255,25 @@ def test_figures_that_cannot_be_drawn_are_refused(draw):
         draw("--mask", "mask.png")
     with pytest.raises(UserError, match="image or its mask"):
         draw("image.png", "--mask", "mask.png", "--out", "mask.png")
+
+
+# ---- report ----
+
+
+def test_the_report_puts_our_numbers_beside_the_papers(tmp_path):
+    """Each row holds the paper's number, then ours; what was not measured is a dash."""
+    mean = {"mean": 0.9, "low": 0.8, "high": 1.0}
+    scored = {"n": 62, "unit": "image", "part": "test", "device": "a GPU", "sha256": "abc",
+              "scores": {"dice": mean, "iou": mean},
+              "stability": {"psnr of masks": {"instance": {"mean": None}},
+                            "psnr of probabilities": {"instance": {"mean": 30.5}}}}  # fmt: skip
+    speed = {"efficiency": [{"steps": 10, "images_per_second": 7.25}]}
+    curve = {"curve": [{"steps": 1, "dice": 0.9}, {"steps": 10, "dice": 0.91}]}
+    config = {"args": dict.fromkeys(paper_report.CHOICES, 4e-5),
+              "model": {"data": "cvc", "preset": "sd-v1", "image_size": 256}}  # fmt: skip
+    lines = paper_report.page(config, scored, speed, curve).splitlines()
+    assert "| Dice | 0.958 | 0.9 | 0.8 to 1 |" in lines and "| lr | 4e-05 |" in lines
+    assert "| 10 | 2.01 | 0.9209 | 7.25 | 0.91 |" in lines
+    assert "| psnr | 27.63 | 31.55 | - | 30.5 |" in lines and "| Dice here | 0.9 | 0.91 |" in lines
+    with pytest.raises(UserError, match="summary.json: missing"):
+        paper_report.main(paper_report.parse_args([str(tmp_path)]))
