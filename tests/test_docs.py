@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 DOCUMENTS = {path: path.read_text() for path in ROOT.rglob("*.md") if "goldens" not in path.parts}
+DOCUMENTS |= {path: path.read_text() for path in ROOT.glob("docs/*.ipynb")}
 README = DOCUMENTS[ROOT / "README.md"]
 COMMANDS = sorted(set(re.findall(r"(?:python|nproc_per_node=\d+) (-m tools\.\w+|\w+\.py)", README)))
 
