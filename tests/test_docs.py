@@ -7,6 +7,7 @@ import pytest
 from conftest import ROOT
 
 DOCUMENTS = {path: path.read_text() for path in ROOT.rglob("*.md") if "goldens" not in path.parts}
+DOCUMENTS |= {path: path.read_text() for path in ROOT.glob("docs/*.ipynb")}
 README = DOCUMENTS[ROOT / "README.md"]
 DATA = DOCUMENTS[ROOT / "docs/data.md"]
 SHELL = "\n".join([README, DATA, (ROOT / "docs/reproduce.sh").read_text()])
