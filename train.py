@@ -91,6 +91,19 @@ def cross_entropy_and_dice(logits, mask):
     return F.cross_entropy(logits, mask) + 1 - dice.mean()
 
 
+def weighted_loss(model, net, image, mask, z_0, t, noise, args):
+    """Eq. 3 and the loss on the decoded mask -> the loss that trains and its three parts, (4,), and
+    L_latent of each sample, (B,). `net` is the model, or what wraps it; t (B,) is on the CPU.
+    """
+    out = net(image, z_0, t.to(image.device, non_blocking=True), noise)
+    noise_loss, latent_loss = out.noise_loss.mean(), out.latent_loss.mean()
+    mask_loss = torch.zeros_like(noise_loss)
+    if args.mask_weight:
+        mask_loss = decoded_mask_loss(model, out.z_0_estimate, mask, t)
+    loss = noise_loss + args.latent_weight * latent_loss + args.mask_weight * mask_loss
+    return torch.stack([loss, noise_loss, latent_loss, mask_loss]), out.latent_loss.detach()
+
+
 def main(args):
     # 1. Device: one process, or one of torchrun's
     rank, world_size, device = init_distributed()
@@ -151,27 +164,20 @@ def main(args):
         generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
         t, noise = sample_t_and_noise(n, model.latent_shape, generator, args.terminal_fraction,
                                       first=step * n)  # fmt: skip
-        t_cpu, noise = (x[batches.share] for x in (t, noise))
-        image, mask, t, noise = (x.to(device, non_blocking=True)
-                                 for x in (image, mask, t_cpu, noise))  # fmt: skip
+        t, noise = (x[batches.share] for x in (t, noise))
+        image, mask, noise = (x.to(device, non_blocking=True) for x in (image, mask, noise))
         losses, latent_losses = 0, []
         for part in split(len(t), args.accumulate):  # the parts' gradients add up
             last = part.stop == len(t)  # only then do processes exchange gradients
             with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
                 with autocast():
                     z_0 = latents(mask[part], symmetries and symmetries[part])
-                    out = net(image[part], z_0, t[part], noise[part])
-                    noise_loss, latent_loss = out.noise_loss.mean(), out.latent_loss.mean()
-                    mask_loss = torch.zeros_like(noise_loss)
-                    if args.mask_weight:
-                        mask_loss = decoded_mask_loss(
-                            model, out.z_0_estimate, mask[part], t_cpu[part]
-                        )
-                loss = noise_loss + args.latent_weight * latent_loss + args.mask_weight * mask_loss
-                share = (part.stop - part.start) / len(t)
-                scaler.scale(share * loss).backward()
-            losses += share * torch.stack([loss, noise_loss, latent_loss, mask_loss]).detach()
-            latent_losses.append(out.latent_loss.detach())
+                    values, latent_loss = weighted_loss(model, net, image[part], mask[part], z_0,
+                                                        t[part], noise[part], args)  # fmt: skip
+                values = values * ((part.stop - part.start) / len(t))
+                scaler.scale(values[0]).backward()
+            losses += values.detach()
+            latent_losses.append(latent_loss)
         scaler.unscale_(optimizer)
         gradient_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
         scaler.step(optimizer)
@@ -182,7 +188,7 @@ def main(args):
         if due or done % ema_every == 0:
             first = max(step // k * k for k in (ema_every, args.eval_every))
             update_ema(averages, trained, step, recipe["ema"], first)
-        meter.update(losses, torch.cat(latent_losses), t, gradient_norm)
+        meter.update(losses, torch.cat(latent_losses), t.to(device), gradient_norm)
 
         # 6. Log, validate, save
         stopping = bool(stop)
@@ -303,7 +309,7 @@ def resolve_defaults(args, world_size, device):
     if args.resume:
         best = Path(args.out) / "model.safetensors"  # not there before the first validation
         return best if best.exists() else args.init, "as --resume says"
-    why = "only its autoencoder, as --fresh says" if args.fresh else "as --init says"
+    why = "as --init says"
     if args.init is None:
         big = Path("weights/sd-v1.safetensors")
         args.init = str(big if big.exists() else DEFAULT_WEIGHTS)
@@ -340,7 +346,7 @@ def make_model(args, spec, init):
     asked = {name: value for name, value in asked.items() if value}
     asked |= dict(threshold=0.5, smallest_area=0.0)  # those of other weights mean nothing here
     asked |= dict(classes=spec.classes, window=spec.window, plane=spec.plane)
-    model = from_pretrained(init, args.fresh and init == args.init, **asked)
+    model = from_pretrained(init, **asked)
     config, val = model.config, image_hashes(spec.splits["val"])
     seen = len(set(config.trained_on) & set(val))
     same_data = set(config.data.split("+")) & set(spec.name.split("+"))
@@ -393,7 +399,7 @@ def curves(log):
     return [(f"{title}, by step", log.curves(names)) for title, names in panels.items()]
 
 
-LOG_EVERY = 25  # steps between two lines of the log
+LOG_EVERY = 25  # steps between two lines of the log; its latent_t900 is L_latent at t >= 900
 LOG_COLUMNS = ("step", *run_state.LossMeter.names, "lr", "images_per_s", "skipped", "val_dice")
 
 
@@ -438,7 +444,6 @@ def parse_args(argv=None):
     add = parser.add_argument_group("the run").add_argument
     add("--resume", metavar="DIR", help="go on with a run; only --steps and --root may be changed")
     add("--init", metavar="FILE", help="initial weights (default: sd-v1 if converted, else nano)")
-    add("--fresh", action="store_true", help="take only the autoencoder from --init")
     add("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
     add("--seed", type=seed_int, default=0, help="of everything random")
 

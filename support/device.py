@@ -52,10 +52,9 @@ def place_for_inference(model, device, precision, keep_float32):
     tensors, so there only compiled networks have this format: see `compile_networks`.
     """
     device = torch.device(device)
-    for part in (model.vae, model.unet, model.tau):
-        part.to(choose_dtype(device, precision))
-    for part in keep_float32:
-        part.float()
+    kept = {p for part in keep_float32 for p in part.parameters()}
+    for p in {*model.parameters()} - kept:
+        p.data = p.data.to(choose_dtype(device, precision))
     on_cpu = device.type == "cpu"
     layout = torch.channels_last if on_cpu else torch.contiguous_format
     return model.to(device=device, memory_format=layout)
