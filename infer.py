@@ -120,7 +120,7 @@ def read_slices(path, config):
 
 
 def segment_files(model, jobs, args, pool):
-    """Segment the files of jobs [(source, target)] together -> how many of them could be read.
+    """Segment the files of jobs [(source, target)] together -> how many could be read and written.
 
     The threads of `pool` read and write, because a PNG takes as long as a small network.
     """
@@ -150,12 +150,17 @@ def segment_files(model, jobs, args, pool):
         writings.append((source, ids if geometry else ids[0], writing))
 
     # 3. Report
-    for _, _, writing in writings:
-        writing.result()
+    written = []
+    for source, ids, writing in writings:
+        try:
+            writing.result()
+            written.append((source, ids))
+        except OSError as error:  # a name that is too long for the folder, say
+            print_line(f"infer.py: {source}: not written: {error.strerror}", sys.stderr)
     seconds = (time.monotonic() - start) / max(len(files), 1)
-    for source, ids, _ in writings:
+    for source, ids in written:
         report(source, ids, classes, seconds)
-    return len(files)
+    return len(written)
 
 
 # ---- the program ----
@@ -194,8 +199,9 @@ def main(args):
         dist.all_reduce(counts)
     done, total = counts.tolist()
     if done and rank == 0:
-        print_line(f"{done} of {total} files segmented; the results are in {args.out}")
-        if not model.config.data:
+        by = f" by a model trained on {model.config.data}" if model.config.data else ""
+        print_line(f"{done} of {total} files segmented{by}; the results are in {args.out}")
+        if not by:
             print_line("infer.py: these weights were never trained to segment, so the masks mean "
                        "nothing; train.py trains them", sys.stderr)  # fmt: skip
     if done == total:

@@ -216,14 +216,18 @@ def test_a_folder_is_its_files(model, tmp_path, capsys):
 
 
 def test_one_bad_file_does_not_stop_the_rest(model, tmp_path, capsys):
-    """A bad file in a folder is reported, status 1; alone it gives status 2. The rest is done."""
-    draw(tmp_path / "in/a.png"), draw(tmp_path / "in/z.png")
+    """A bad file in a folder is reported, status 1; alone it gives status 2. The rest is done.
+
+    So is a file with a name to which nothing can be added.
+    """
+    draw(tmp_path / "in/a.png"), draw(tmp_path / "in/z.png"), draw(tmp_path / f"in/{'x' * 250}.png")
     for name in ("bad.png", "worse.nii.gz"):
         (tmp_path / "in" / name).write_bytes(b"neither image nor volume")
     assert run(tmp_path / "in", model=model, out=tmp_path / "o") == 1
     assert masks_in(tmp_path / "o") == ["a_mask.png", "z_mask.png"]
     errors = capsys.readouterr().err
     assert errors.count("bad.png: ") == errors.count("worse.nii.gz: ") == 1
+    assert errors.count("xx.png: not written: ") == 1
     assert run(tmp_path / "in/bad.png", model=model, out=tmp_path / "p") == 2
     assert not (tmp_path / "p").exists()
 
