@@ -19,6 +19,11 @@ from vae import VAEConfig
 keep_freed_memory()  # as every command does
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
+VAE_TINY = VAEConfig(32, (1, 2, 2), 1)  # the golden networks
+UNETS = {
+    "sd": UNetConfig("sd", 8, 4, 32, (1, 2, 4, 4), 2, (1, 2, 4), 8, 48),
+    "ldm": UNetConfig("ldm", 8, 4, 32, (1, 2, 4), 2, (1, 2, 4), 8, None),
+}
 TINY = SDSegConfig(
     "nano",
     VAEConfig(32, (1, 1, 1, 1), 1),

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import golden, golden_weights
+from conftest import UNETS, VAE_TINY, golden, golden_weights
 from safetensors.torch import load_file, save, save_file
 
 import convert_sd_weights as converter
@@ -26,15 +26,10 @@ from support.cli import UserError, run_command
 from support.diffusers_names import compvis_names
 from support.weights import write_weights
 from tools.benchmark import peak_of
-from unet import UNetConfig
-from vae import VAEConfig
 
-VAE_TINY = VAEConfig(32, (1, 2, 2), 1)
-SD_TINY = UNetConfig("sd", 8, 4, 32, (1, 2, 4, 4), 2, (1, 2, 4), 8, 48)
-LDM_TINY = UNetConfig("ldm", 8, 4, 32, (1, 2, 4), 2, (1, 2, 4), 8, None)
 TINY = {
-    "sd-v1": replace(PRESETS["sd-v1"], vae=VAE_TINY, unet=SD_TINY),
-    "ldm-kl-8": replace(PRESETS["ldm-kl-8"], vae=VAE_TINY, unet=LDM_TINY),
+    name: replace(PRESETS[name], vae=VAE_TINY, unet=UNETS[PRESETS[name].unet.family])
+    for name in ("sd-v1", "ldm-kl-8")
 }
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 BIAS = UNET + "out.2.bias"
