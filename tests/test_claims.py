@@ -100,7 +100,7 @@ def test_the_loss_is_what_the_weights_say():
         torch.testing.assert_close(loss, sum(terms[part] for part in parts))
 
 
-def test_what_trains():
+def test_a_row_trains_the_parts_that_it_names():
     """tau unless it is frozen, no part of the autoencoder unless there is none; equal sizes."""
     sizes = {}
     for name in ("concat", "trainable", "cross", "base", "no-z_t", "logits", "plain"):

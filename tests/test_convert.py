@@ -137,7 +137,7 @@ def test_checkpoints_give_the_reference_outputs(tiny, family, write):
     assert model.config == TINY["sd-v1" if family == "sd" else "ldm-kl-8"]
 
 
-def test_ema_and_half(tiny, capsys):
+def test_ema_takes_the_averages_and_half_halves_the_file(tiny, capsys):
     """--ema takes the averages, the default does not; --half halves the file."""
     plain = compvis("ldm")
     names = {k: EMA + k.removeprefix("model.").replace(".", "") for k in only(UNET, plain)}
@@ -268,7 +268,7 @@ def check_refusal(capsys, says, *arguments):
     assert sorted(Path().rglob("*")) == before and not printed
 
 
-def test_arguments_that_cannot_be(tiny, capsys):
+def test_arguments_that_cannot_be_are_refused(tiny, capsys):
     """--ema without averages; --out that is the source, or no .safetensors; no such source."""
     save_file(compvis("ldm"), "model.safetensors")
     check_refusal(capsys, "no averaged U-Net", "model.safetensors", "--ema")
@@ -316,7 +316,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", [*MODELS, *FILES])
-def test_sources_that_are_refused(tiny, capsys, case):
+def test_foreign_and_damaged_sources_are_refused(tiny, capsys, case):
     """A foreign model, a tensor that does not fit, a damaged file: one line says what is wrong."""
     content, says = (MODELS | FILES)[case]
     content = content if isinstance(content, bytes) else ckpt({"state_dict": content()})

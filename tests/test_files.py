@@ -33,7 +33,7 @@ MODES = "1.png L.png L.bmp LA.png RGBA.png P.png P.gif CMYK.jpg CMYK.tif F.tif R
 
 
 @pytest.mark.parametrize("name", MODES)
-def test_images_of_every_kind(name, tmp_path):
+def test_images_of_every_kind_are_read(name, tmp_path):
     """Grey, alpha, palette, CMYK, float: uint8 (H, W, 3), and the range is used."""
     Image.fromarray(NOISE).convert(name.split(".")[0]).save(tmp_path / name)
     image = read_image(tmp_path / name)
@@ -253,7 +253,7 @@ def save_volume(path, values, affine=GRID):
     return path
 
 
-def test_the_slices_of_each_plane():
+def test_the_slices_of_each_plane_are_upright():
     """Columns run to the right or to anterior, rows to posterior or to inferior; and back."""
     values = np.arange(24).reshape(2, 3, 4)  # to the right, anterior, superior
     axial, coronal, sagittal = (slices_of(values, plane) for plane in PLANES)
@@ -264,7 +264,7 @@ def test_the_slices_of_each_plane():
         assert np.array_equal(volume_of(slices, plane), values)
 
 
-def test_the_channels_of_a_slice():
+def test_a_slice_has_itself_or_its_neighbours_as_channels():
     """The slice three times, or those before, at and after it; the ends stand in at the ends."""
     values = np.array([0, 50, 100, 255]).reshape(1, 4, 1).repeat(2, axis=2)
     repeat, neighbours = (slices_to_uint8(values, (0, 255), "coronal", context)
@@ -280,7 +280,7 @@ def test_the_channels_of_a_slice():
     ("axial", [(1.4, 1, 1)]), ("axial", [(5, 5, 1)]),
     ("sagittal", [(5, 1, 1), (5, 1, 1), (1, 1, 9)]),
 ])  # fmt: skip
-def test_the_plane_of_thick_slices(plane, spacings, tmp_path):
+def test_slices_are_cut_across_the_widest_spacing(plane, spacings, tmp_path):
     """Across the widest spacing in space, however the files are stored; else axial."""
     paths = []
     for spacing, code in itertools.product(spacings, ("RAS", "IPL", "ASR")):
@@ -292,7 +292,7 @@ def test_the_plane_of_thick_slices(plane, spacings, tmp_path):
     assert choose_plane([*paths, tmp_path / "bad.nii"]) == plane
 
 
-def test_odd_volumes(tmp_path):
+def test_odd_volumes_are_read(tmp_path):
     """NaN, infinity, a last axis of 1, no affine, a slope, an ending that lies: they are read."""
     values = np.array([1, np.nan, np.inf, -np.inf, 5, 2], np.float32).reshape(1, 2, 3)
     got, _ = read_volume(save_volume(tmp_path / "a.nii", values))
@@ -309,7 +309,7 @@ def test_odd_volumes(tmp_path):
         assert np.array_equal(np.unique(read_volume(tmp_path / name)[0]), np.arange(120) * 2 - 5)
 
 
-def test_labels_of_a_volume(tmp_path):
+def test_labels_of_a_volume_are_whole_numbers(tmp_path):
     """NaN is background, a number within 0.001 of a whole one is that; other values are named."""
     values = np.array([np.nan, 0.99999994, 2.0009, 0], np.float32).reshape(1, 2, 2)
     got, _ = read_volume(save_volume(tmp_path / "v.nii", values), labels=True)

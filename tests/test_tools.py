@@ -145,7 +145,7 @@ def test_calls_take_turns_and_the_first_of_each_does_not_count(monkeypatch):
     assert "".join(order) == "ab" * 4
 
 
-def test_the_report(report, monkeypatch):
+def test_the_benchmark_reports_rates_shares_and_ratios(report, monkeypatch):
     """Rates are batch / time, shares add up to 1, and compiled networks have rows with ratios."""
     compiled = []
     monkeypatch.setattr(benchmark, "compile_networks", lambda model, **_: compiled.append(model))
@@ -214,9 +214,9 @@ def test_diffusers_is_compared_with_networks_of_our_size(report):
     assert rows == ["bfloat16", "float32"] * 2
 
 
-def test_training_as_on_a_small_gpu(report):
+def test_training_as_on_a_small_gpu_tells_the_average_apart(report):
     """In float16 with a scaled loss; the average's time is told apart."""
-    text = report("--precision", "fp16", "--train", "--small-gpu")
+    text = report("--precision=fp16", "--batch-sizes=", "--train", "--small-gpu")
     assert "training in float16, batch 2, AdamW, EMA, as on a GPU of 16 GB" in text
     assert re.search(r"^the average in host memory: [\d.]+ s every 5 steps, [\d.]+%", text, re.M)
 

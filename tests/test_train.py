@@ -91,7 +91,7 @@ def settings(folder):
 # ---- the parts of a step ----
 
 
-def test_t_and_noise():
+def test_t_is_uniform_but_for_a_share_at_the_end():
     """t is uniform, but `terminal_fraction` of all samples, evenly spread, are at T - 1."""
     draw, seed = train.sample_t_and_noise, torch.Generator().manual_seed(0)
     t, noise = draw(16, (4, 2, 2), seed, terminal_fraction=0.75)
@@ -114,7 +114,7 @@ def test_only_tau_and_unet_learn():
         assert all(p.grad is not None and p.grad.isfinite().all() for p in part.parameters())
 
 
-def test_the_decoded_mask_loss():
+def test_the_mask_loss_sees_only_samples_at_the_end():
     """0 without samples at T - 1; small for the mask's own colours, large for the opposite ones."""
     model, mask = tiny(), torch.randint(0, 2, (2, 32, 32))
     model.decode_mask = lambda rgb: rgb
@@ -182,7 +182,7 @@ def test_a_run_leaves_what_it_promises():
     assert not list(Path("finished").glob(".tmp*"))
 
 
-def test_what_is_saved():
+def test_a_run_saves_averages_and_the_hashes_of_its_images():
     """Averages, the autoencoder untouched, and the hashes of all training images, --init's too."""
     start, spec = tiny(trained_on=("00ff",)), find("own")
     start.save("before.safetensors")
@@ -222,6 +222,13 @@ def assert_same_end(whole, parts):
     assert all(torch.equal(a[k][n], b[k][n]) for k in ("model", "ema") for n in a[k])
 
 
+def assert_close_gradients(one, two):
+    """The optimiser's means of the gradients agree, up to the order of the sums."""
+    one, two = (state(name)["optimizer"]["state"] for name in (one, two))
+    for i in one:
+        torch.testing.assert_close(two[i]["exp_avg"], one[i]["exp_avg"], atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("stop, at, status, saved", [
     (SIGTERM, 3, 143, 4), (functools.partial(sys.exit, "as if killed"), 4, "as if killed", 3),
 ])  # fmt: skip
@@ -233,13 +240,13 @@ def test_resume_is_exact(stop, at, status, saved, monkeypatch):
     assert [r["step"] for r in rows("parts")] == [r["step"] for r in rows("finished")]
 
 
-def test_a_run_in_little_memory(monkeypatch):
+def test_a_run_in_little_memory_gives_the_same_weights(monkeypatch):
     """The average in host memory, and tau image by image: the same weights, and exact resume."""
     monkeypatch.setattr(train, "is_too_small", lambda device, trained: True)
     assert train.average_every(0.9999) == 100 and train.average_every(0.5) == 1
     run("whole")
-    for name, p in state("finished")["model"].items():
-        torch.testing.assert_close(state("whole")["model"][name], p, atol=1e-5, rtol=1e-4)
+    usual, little = (state(name)["model"] for name in ("finished", "whole"))
+    torch.testing.assert_close(little, usual, atol=1e-5, rtol=1e-4)
     assert stopped(monkeypatch, SIGTERM, at=4)[1] == 5  # nano's average moves at 3, 5 and 6
     resume("parts")
     assert_same_end("whole", "parts")
@@ -271,9 +278,7 @@ def test_a_batch_in_parts_is_the_same_step():
     assert train.split(5, 2) == [slice(0, 3), slice(3, 5)]
     for name, more in (("whole", []), ("parts", ["--accumulate", "2"])):
         run(name, "--batch-size", "5", *more, steps=2)
-    for i, whole in state("whole")["optimizer"]["state"].items():
-        parts = state("parts")["optimizer"]["state"][i]["exp_avg"]
-        torch.testing.assert_close(parts, whole["exp_avg"], atol=1e-5, rtol=1e-3)
+    assert_close_gradients("whole", "parts")
     for name in run_state.LossMeter.names:
         whole, parts = (float(rows(run)[0][name]) for run in ("whole", "parts"))
         assert parts == pytest.approx(whole, rel=1e-4)
@@ -339,9 +344,7 @@ def test_two_processes_take_the_steps_of_one_and_stop_in_order(monkeypatch):
     assert text.count("the autoencoder rebuilds masks with Dice 0.") == 1
     step = state("two")["values"]["step"]
     assert stopped(monkeypatch, SIGTERM, step - 1, steps=10**6) == (143, step)
-    one, two = (state(name)["optimizer"]["state"] for name in ("parts", "two"))
-    for i in one:
-        torch.testing.assert_close(two[i]["exp_avg"], one[i]["exp_avg"], atol=1e-5, rtol=1e-3)
+    assert_close_gradients("parts", "two")
 
 
 def test_a_compiled_run_is_the_same_run(monkeypatch):
@@ -431,7 +434,7 @@ def test_what_cannot_be_done_is_one_line(words, flags):
 def test_validation_without_foreground_is_not_a_score(monkeypatch, capsys):
     """Its Dice is `-`, neither 0 nor 1, and the last model is kept."""
     monkeypatch.setattr(train, "validate", lambda *_, **__: float("nan"))
-    train.main(train.parse_args(arguments("run", steps=3)))
+    run("run", steps=1)
     assert "done: run/model.safetensors, validation Dice -" in capsys.readouterr().out
     assert SDSeg.load("run/model.safetensors")
 
