@@ -1,5 +1,6 @@
 """What the tests share: a tiny model, drawn folders, golden weights, and where real data may be."""
 
+import functools
 import json
 import zlib
 from dataclasses import replace
@@ -62,6 +63,7 @@ def disc_folder(path, n=20, height=40, width=48):
     return path
 
 
+@functools.cache
 def rule(name, shape):
     """The golden weights: a function of the parameter's full name (see goldens/README.md)."""
     w = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)
