@@ -1,5 +1,6 @@
 """What the tests share: a tiny model, drawn folders, golden weights, and where real data may be."""
 
+import functools
 import json
 import zlib
 from dataclasses import replace
@@ -19,6 +20,11 @@ from vae import VAEConfig
 keep_freed_memory()  # as every command does
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
+VAE_TINY = VAEConfig(32, (1, 2, 2), 1)  # the golden networks
+UNETS = {
+    "sd": UNetConfig("sd", 8, 4, 32, (1, 2, 4, 4), 2, (1, 2, 4), 8, 48),
+    "ldm": UNetConfig("ldm", 8, 4, 32, (1, 2, 4), 2, (1, 2, 4), 8, None),
+}
 TINY = SDSegConfig(
     "nano",
     VAEConfig(32, (1, 1, 1, 1), 1),
@@ -57,6 +63,7 @@ def disc_folder(path, n=20, height=40, width=48):
     return path
 
 
+@functools.cache
 def rule(name, shape):
     """The golden weights: a function of the parameter's full name (see goldens/README.md)."""
     w = np.random.RandomState(zlib.crc32(name.encode())).standard_normal(shape).astype(np.float32)

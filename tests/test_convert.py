@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import golden, golden_weights
+from conftest import UNETS, VAE_TINY, golden, golden_weights
 from safetensors.torch import load_file, save, save_file
 
 import convert_sd_weights as converter
@@ -26,15 +26,10 @@ from support.cli import UserError, run_command
 from support.diffusers_names import compvis_names
 from support.weights import write_weights
 from tools.benchmark import peak_of
-from unet import UNetConfig
-from vae import VAEConfig
 
-VAE_TINY = VAEConfig(32, (1, 2, 2), 1)
-SD_TINY = UNetConfig("sd", 8, 4, 32, (1, 2, 4, 4), 2, (1, 2, 4), 8, 48)
-LDM_TINY = UNetConfig("ldm", 8, 4, 32, (1, 2, 4), 2, (1, 2, 4), 8, None)
 TINY = {
-    "sd-v1": replace(PRESETS["sd-v1"], vae=VAE_TINY, unet=SD_TINY),
-    "ldm-kl-8": replace(PRESETS["ldm-kl-8"], vae=VAE_TINY, unet=LDM_TINY),
+    name: replace(PRESETS[name], vae=VAE_TINY, unet=UNETS[PRESETS[name].unet.family])
+    for name in ("sd-v1", "ldm-kl-8")
 }
 OLD_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 BIAS = UNET + "out.2.bias"
@@ -142,7 +137,7 @@ def test_checkpoints_give_the_reference_outputs(tiny, family, write):
     assert model.config == TINY["sd-v1" if family == "sd" else "ldm-kl-8"]
 
 
-def test_ema_and_half(tiny, capsys):
+def test_ema_takes_the_averages_and_half_halves_the_file(tiny, capsys):
     """--ema takes the averages, the default does not; --half halves the file."""
     plain = compvis("ldm")
     names = {k: EMA + k.removeprefix("model.").replace(".", "") for k in only(UNET, plain)}
@@ -273,7 +268,7 @@ def check_refusal(capsys, says, *arguments):
     assert sorted(Path().rglob("*")) == before and not printed
 
 
-def test_arguments_that_cannot_be(tiny, capsys):
+def test_arguments_that_cannot_be_are_refused(tiny, capsys):
     """--ema without averages; --out that is the source, or no .safetensors; no such source."""
     save_file(compvis("ldm"), "model.safetensors")
     check_refusal(capsys, "no averaged U-Net", "model.safetensors", "--ema")
@@ -321,7 +316,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", [*MODELS, *FILES])
-def test_sources_that_are_refused(tiny, capsys, case):
+def test_foreign_and_damaged_sources_are_refused(tiny, capsys, case):
     """A foreign model, a tensor that does not fit, a damaged file: one line says what is wrong."""
     content, says = (MODELS | FILES)[case]
     content = content if isinstance(content, bytes) else ckpt({"state_dict": content()})

@@ -79,7 +79,7 @@ def whole_groups(spec):
     (("Original", "Ground Truth"), "tif"), (("PNG/Original", "PNG/Ground Truth"), "png"),
     (("TIF/Original", "TIF/Ground Truth"), "tif"), (("images", "masks"), "png"),
 ])  # fmt: skip
-def test_cvc_layouts(folders, ending, tmp_path):
+def test_every_layout_of_cvc_is_found(folders, ending, tmp_path):
     """Every layout of CVC-ClinicDB; the benchmark's 62 test frames, or whole videos held out."""
     base = tmp_path / "CVC-ClinicDB"
     touch(base, folders, [f"{i}.{ending}" for i in range(1, 613)])
@@ -102,7 +102,7 @@ def test_validation_of_a_published_set_does_not_move(tmp_path):
     assert sizes(fewer) == [800, 99, 100] and moved < set(fewer.splits["train"])
 
 
-def test_refuge2_cup_and_disc_crop(tmp_path):
+def test_refuge2_is_cut_to_the_disc(tmp_path):
     """0 is the cup; a full fundus is cut to its disc, a disc crop is left as it is."""
     mask = np.full((200, 240), 255, np.uint8)
     mask[80:120, 100:140] = 128
@@ -124,7 +124,7 @@ def test_refuge2_cup_and_disc_crop(tmp_path):
         assert ids.sum() == 20 * 20 and ids.shape == (80, 80) == image.shape[:2]
 
 
-def test_btcv_and_sts3d(tmp_path):
+def test_btcv_and_sts3d_have_the_published_lists(tmp_path):
     """The published lists and windows; BTCV's organs as one target or as thirteen."""
     numbers = (*range(1, 11), *range(21, 41))
     names = [(f"img{i:04d}.nii.gz", f"label{i:04d}.nii.gz") for i in numbers]
@@ -144,7 +144,7 @@ def test_btcv_and_sts3d(tmp_path):
     assert names_of(teeth)["test"] == ["0010", "0011", "0012"]
 
 
-def test_joined_data_sets(tmp_path):
+def test_joined_data_sets_keep_names_and_groups_apart(tmp_path):
     """a+b joins the parts of both, names and groups kept apart."""
     touch(tmp_path / "CVC-ClinicDB", BOTH, [f"{i}.png" for i in range(9, 29)])
     names = [f"{name}.jpg" for name in data.POLYP_TEST["kvasir"][:2] + ["x", "y"]]
@@ -190,7 +190,7 @@ def write(root, name, value):
     (root / f"{name}.json").write_text(text, "utf-8-sig")  # with a byte order mark, as on Windows
 
 
-def test_own_folder_names_split_and_groups(tmp_path):
+def test_json_files_name_classes_groups_and_splits(tmp_path):
     """classes.json names the classes, groups.json who stays together, split.json who is where."""
     root = folder(tmp_path / "own", masks=(0, 1, 2))
     assert find(str(root)).classes == ("background", "class 1", "class 2")
@@ -236,7 +236,7 @@ def test_subfolders_and_links_are_read(tmp_path):
 
 
 @pytest.mark.parametrize("k", [2, 3])
-def test_own_volumes(k, tmp_path):
+def test_own_volumes_are_split_whole_and_cut_into_slices(k, tmp_path):
     """NIfTI is split by volume, cut into slices, never cropped; several classes keep left left."""
     names = [(f"{i}.nii.gz",) * 2 for i in range(5)]
     volumes(tmp_path / "own", "imagesTr", "labelsTr", names, k)
@@ -407,7 +407,7 @@ def check(root, *flags):
     return check_data.main(check_data.parse_args(["--data", str(root), *map(str, flags)]))
 
 
-def test_checking_a_data_set(tmp_path, capsys):
+def test_the_check_counts_measures_and_finds_what_is_odd(tmp_path, capsys):
     """The check counts, measures, finds an image in two parts, lists a part, draws a sheet."""
     root, sheet = folder(tmp_path / "own"), tmp_path / "sheet.png"
     touch(root, ("images",), ["notes.txt"])

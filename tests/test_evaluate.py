@@ -136,7 +136,7 @@ def test_a_class_that_no_truth_holds_is_left_out():
     assert scores == {"mean": 1, "std": None, "low": None, "high": None, "n": 1}
 
 
-def test_images_without_a_lesion(model, folder, tmp_path, monkeypatch, capsys):
+def test_images_without_a_lesion_have_no_dice(model, folder, tmp_path, monkeypatch, capsys):
     """Without any truth there is no Dice, nor nan in its place; it is said how much is marked."""
     empty = tmp_path / "empty"
     shutil.copytree(folder, empty)
@@ -188,7 +188,7 @@ def test_the_splits_of_older_models(real_data):
         assert [len(names), zlib.crc32(" ".join(sorted(names)).encode())] == expected
 
 
-def test_the_split_is_the_model_s_own(tmp_path, monkeypatch):
+def test_the_split_is_that_of_the_model(tmp_path, monkeypatch):
     """By default a model trained by video is scored by video, where the data set has videos."""
 
     def stop(data, root, split):
@@ -227,7 +227,7 @@ def test_everything_is_written(model, folder, tmp_path, capsys):
     assert "LPIPS" in capsys.readouterr().out
 
 
-def test_refusals(model, folder, tmp_path, capsys):
+def test_a_model_or_a_file_that_does_not_fit_is_refused(model, folder, tmp_path, capsys):
     """Other classes than the model's; a file that is no other run; nothing to compare with."""
     other = save_tiny(tmp_path / "other.safetensors", classes=("background", "cup", "disc"))
     flags = ("--data", folder, "--out", tmp_path / "out", "--model")

@@ -85,7 +85,7 @@ def test_distances_and_components_equal_scipy(seed):
 # ---- the polyp benchmark's Dice, and intervals ----
 
 
-def test_benchmark_dice():
+def test_benchmark_dice_is_the_mean_over_thresholds():
     """Two pixels by hand; and the histogram gives what 256 passes over an image give."""
     scores, truth = np.array([[0.2, 0.7]]), np.array([[0, 1]])
     # The lowest threshold marks both pixels, the 255 others the true one
@@ -125,7 +125,7 @@ def images(h, w):
     return [torch.from_numpy(image)[None, None] for image in (a, b)]
 
 
-def test_psnr_ssim_and_ms_ssim():
+def test_psnr_ssim_and_ms_ssim_are_those_of_other_programs():
     """They give other programs' numbers, 1 for equal images, and score a batch image by image."""
     a, b = images(192, 208)
     # scikit-image 0.26 (SSIM, PSNR), pytorch-msssim 1.0, which keeps its window in float32
@@ -143,7 +143,7 @@ def test_psnr_ssim_and_ms_ssim():
         ms_ssim(*images(10, 30))
 
 
-def test_lpips(monkeypatch, capsys):
+def test_lpips_gets_three_channels_or_is_said_to_be_missing(monkeypatch, capsys):
     """It sees three channels in [-1, 1]; without the package a line says that it is missing."""
 
     def distance(a, b):
@@ -161,7 +161,7 @@ def test_lpips(monkeypatch, capsys):
     assert capsys.readouterr().out.startswith("LPIPS is missing")
 
 
-def test_latent_std():
+def test_latent_std_leaves_out_the_models_own_scale():
     """The standard deviation of latents -1 and 1 is 1, without the scale of the model's config."""
 
     class Masks(list):

@@ -3,17 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import golden, golden_weights
+from conftest import UNETS, VAE_TINY, golden, golden_weights
 
 from sdseg import widen_conv_in
 from support.fast_ops import Upsample, group_norm_by_channel
 from unet import UNet, UNetConfig
-from vae import AutoencoderKL, VAEConfig, VisionEncoder
-
-VAE_TINY = VAEConfig(32, (1, 2, 2), 1)
-SD_TINY = UNetConfig("sd", 8, 4, 32, (1, 2, 4, 4), 2, (1, 2, 4), 8, 48)
-LDM_TINY = UNetConfig("ldm", 8, 4, 32, (1, 2, 4), 2, (1, 2, 4), 8, None)
-
+from vae import AutoencoderKL, VisionEncoder
 
 # Where the networks are compared with the reference, and the largest difference of a value there:
 # device, number format, bound. The outputs are about 1; half precision rounds after each layer.
@@ -48,66 +43,35 @@ def place(request, monkeypatch):
 
 
 @torch.no_grad()
-def test_autoencoder_equals_reference(place):
-    """Encoder moments and decoder agree with the original autoencoder."""
+def test_the_autoencoder_and_tau_equal_the_reference(place):
+    """The original autoencoder's moments and images, and the published SDSeg's conditioning."""
     (move, close), (manifest, g) = place, golden("vae-tiny")
-    vae = AutoencoderKL(VAE_TINY)
-    vae.load_state_dict(golden_weights(manifest["first_stage_model"], "first_stage_model."))
+    vae, tau = AutoencoderKL(VAE_TINY), VisionEncoder(VAE_TINY)
+    for part, name in ((vae, "first_stage_model"), (tau, "cond_stage_model")):
+        part.load_state_dict(golden_weights(manifest[name], f"{name}."))
     mean, logvar = move(vae).encode(move(g["image"]))
     close(mean, g["moments_mean"])
     close(logvar, g["moments_logvar"])
     close(vae.decode(mean), g["decode_of_mean"])
-
-
-@torch.no_grad()
-def test_vision_encoder_equals_published_conditioning(place):
-    """tau agrees with the conditioning encoder of the published SDSeg, from its weights."""
-    (move, close), (manifest, g) = place, golden("vae-tiny")
-    tau = VisionEncoder(VAE_TINY)
-    tau.load_state_dict(golden_weights(manifest["cond_stage_model"], "cond_stage_model."))
     close(move(tau)(move(g["image"])), g["sdseg_condition"])
 
 
+@pytest.mark.parametrize("family", UNETS)
 @torch.no_grad()
-def test_tau_starts_as_the_posterior_mean():
-    """At step 0, tau(C) is exactly what the autoencoder's encoder says the mean of C is."""
-    vae, tau = AutoencoderKL(VAE_TINY), VisionEncoder(VAE_TINY)
-    tau.init_from(vae)
-    image = torch.rand(2, 3, 32, 32) * 2 - 1
-    assert torch.equal(tau(image), vae.encode(image)[0])
-
-
-@torch.no_grad()
-def test_ldm_unet_equals_reference(place):
-    """The LDM family: attention blocks, scale-shift normalisation, resampling blocks."""
-    (move, close), (manifest, g) = place, golden("unet-ldm-tiny")
-    unet = UNet(LDM_TINY)
-    weights = golden_weights(manifest["state_dict"], "model.diffusion_model.")
-    unet.load_state_dict(weights)
+def test_the_unet_equals_the_reference(family, place):
+    """Both families; Stable Diffusion's with a context, and without one as in SDSeg."""
+    (move, close), (manifest, g) = place, golden(f"unet-{family}-tiny")
+    unet = UNet(UNETS[family])
+    unet.load_state_dict(golden_weights(manifest["state_dict"], "model.diffusion_model."))
     x, t = move(torch.cat([g["z_t"], g["z_c"]], 1)), move(g["t"])
-    close(move(unet)(x, t), g["eps"])
-    first = "input_blocks.0.0.weight"
-    unet.load_state_dict({**weights, first: widen_conv_in(weights[first][:, :4], 8)})
-    close(unet(x, t), g["eps_zero_init"])
+    without = "eps_without_cross_attention" if family == "sd" else "eps"
+    close(move(unet)(x, t), g[without])
+    if family == "sd":
+        close(unet(x, t, move(g["context"])), g["eps"])
 
 
 @torch.no_grad()
-def test_sd_unet_equals_reference(place):
-    """The Stable Diffusion family, with a context, without one, and with zeroed channels."""
-    (move, close), (manifest, g) = place, golden("unet-sd-tiny")
-    unet = UNet(SD_TINY)
-    weights = golden_weights(manifest["state_dict"], "model.diffusion_model.")
-    unet.load_state_dict(weights)
-    x, t = move(torch.cat([g["z_t"], g["z_c"]], 1)), move(g["t"])
-    close(move(unet)(x, t, move(g["context"])), g["eps"])
-    close(unet(x, t), g["eps_without_cross_attention"])
-    first = "input_blocks.0.0.weight"
-    unet.load_state_dict({**weights, first: widen_conv_in(weights[first][:, :4], 8)})
-    close(unet(x, t), g["eps_zero_init"])
-
-
-@torch.no_grad()
-def test_widened_unet_ignores_the_image_at_first():
+def test_a_widened_unet_ignores_the_image_at_first():
     """With the new input channels at zero, the output is the 4-channel network's, exactly."""
     narrow = UNet(UNetConfig("sd", 4, 4, 32, (1, 2), 1, (1, 2), 8, None))
     wide = UNet(UNetConfig("sd", 8, 4, 32, (1, 2), 1, (1, 2), 8, None))

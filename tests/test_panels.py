@@ -31,7 +31,7 @@ def test_a_montage_shows_the_fullest_slices():
     assert panels.montage(images, 0 * ids).shape == sheet.shape
 
 
-def test_sheets_and_tiles():
+def test_sheets_and_tiles_have_everything_in_its_place():
     """A row of images stands above its masks; a tile keeps the aspect ratio; 1 becomes 255."""
     image, ids = np.full((4, 4, 3), 9, np.uint8), np.full((4, 4), 2, np.uint8)
     sheet = panels.contact_sheet([[(image, ids)] * 3, [(image, 0 * ids)]], k=3)

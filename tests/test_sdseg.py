@@ -4,13 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, golden, golden_weights, tiny
+from conftest import TINY, UNETS, golden, golden_weights, tiny
 
 from sdseg import PRESETS, SDSeg, T, class_colours, ddim_timesteps, from_pretrained, widen_conv_in
 from support.cli import UserError
 from support.device import compile_networks
 from support.weights import write_weights
-from unet import UNet, UNetConfig
+from unet import UNet
 
 SCHEDULES = {"ldm": (0.0015, 0.0155), "sd": (0.00085, 0.012)}
 PREDICTIONS = ("eps", "x0", "v")
@@ -21,7 +21,7 @@ def golden_model(schedule):
     manifest, _ = golden("unet-ldm-tiny")
     start, end = SCHEDULES[schedule]
     model = tiny(beta_start=start, beta_end=end, prediction="eps")
-    model.unet = UNet(UNetConfig("ldm", 8, 4, 32, (1, 2, 4), 2, (1, 2, 4), 8, None)).eval()
+    model.unet = UNet(UNETS["ldm"]).eval()
     model.unet.load_state_dict(golden_weights(manifest["state_dict"], "model.diffusion_model."))
     g = golden("sdseg-tiny")[1]
     return model, {k.removeprefix(schedule + "."): v for k, v in g.items()}

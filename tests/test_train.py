@@ -91,7 +91,7 @@ def settings(folder):
 # ---- the parts of a step ----
 
 
-def test_t_and_noise():
+def test_t_is_uniform_but_for_a_share_at_the_end():
     """t is uniform, but `terminal_fraction` of all samples, evenly spread, are at T - 1."""
     draw, seed = train.sample_t_and_noise, torch.Generator().manual_seed(0)
     t, noise = draw(16, (4, 2, 2), seed, terminal_fraction=0.75)
@@ -114,7 +114,7 @@ def test_only_tau_and_unet_learn():
         assert all(p.grad is not None and p.grad.isfinite().all() for p in part.parameters())
 
 
-def test_the_decoded_mask_loss():
+def test_the_mask_loss_sees_only_samples_at_the_end():
     """0 without samples at T - 1; small for the mask's own colours, large for the opposite ones."""
     model, mask = tiny(), torch.randint(0, 2, (2, 32, 32))
     model.decode_mask = lambda rgb: rgb
@@ -182,7 +182,7 @@ def test_a_run_leaves_what_it_promises():
     assert not list(Path("finished").glob(".tmp*"))
 
 
-def test_what_is_saved():
+def test_a_run_saves_averages_and_the_hashes_of_its_images():
     """Averages, the autoencoder untouched, and the hashes of all training images, --init's too."""
     start, spec = tiny(trained_on=("00ff",)), find("own")
     start.save("before.safetensors")
@@ -198,7 +198,10 @@ def test_what_is_saved():
     assert set(older.trained_on) == hashes | {"cvc/random"}  # a file of before the hashes
 
 
-def stopped(monkeypatch, stop, at):
+SIGTERM = functools.partial(signal.raise_signal, signal.SIGTERM)
+
+
+def stopped(monkeypatch, stop, at, steps=6):
     """The run `parts`, which `stop` ends at a step -> its exit status, and the step it saved."""
     update = train.update_ema
 
@@ -209,7 +212,7 @@ def stopped(monkeypatch, stop, at):
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as end:
         patch.setattr(train, "update_ema", update_and_stop)
-        sys.exit(run("parts"))
+        sys.exit(run("parts", steps=steps))
     return end.value.code, state("parts")["values"]["step"]
 
 
@@ -219,9 +222,15 @@ def assert_same_end(whole, parts):
     assert all(torch.equal(a[k][n], b[k][n]) for k in ("model", "ema") for n in a[k])
 
 
+def assert_close_gradients(one, two):
+    """The optimiser's means of the gradients agree, up to the order of the sums."""
+    one, two = (state(name)["optimizer"]["state"] for name in (one, two))
+    for i in one:
+        torch.testing.assert_close(two[i]["exp_avg"], one[i]["exp_avg"], atol=1e-5, rtol=1e-3)
+
+
 @pytest.mark.parametrize("stop, at, status, saved", [
-    (functools.partial(signal.raise_signal, signal.SIGTERM), 3, 143, 4),
-    (functools.partial(sys.exit, "as if killed"), 4, "as if killed", 3),
+    (SIGTERM, 3, 143, 4), (functools.partial(sys.exit, "as if killed"), 4, "as if killed", 3),
 ])  # fmt: skip
 def test_resume_is_exact(stop, at, status, saved, monkeypatch):
     """After SIGTERM, which saves, or a kill, a resumed run ends with the bits of a whole one."""
@@ -231,15 +240,14 @@ def test_resume_is_exact(stop, at, status, saved, monkeypatch):
     assert [r["step"] for r in rows("parts")] == [r["step"] for r in rows("finished")]
 
 
-def test_a_run_in_little_memory(monkeypatch):
+def test_a_run_in_little_memory_gives_the_same_weights(monkeypatch):
     """The average in host memory, and tau image by image: the same weights, and exact resume."""
     monkeypatch.setattr(train, "is_too_small", lambda device, trained: True)
     assert train.average_every(0.9999) == 100 and train.average_every(0.5) == 1
     run("whole")
-    for name, p in state("finished")["model"].items():
-        torch.testing.assert_close(state("whole")["model"][name], p, atol=1e-5, rtol=1e-4)
-    sigterm = functools.partial(signal.raise_signal, signal.SIGTERM)
-    assert stopped(monkeypatch, sigterm, at=4)[1] == 5  # nano's average moves at 3, 5 and 6
+    usual, little = (state(name)["model"] for name in ("finished", "whole"))
+    torch.testing.assert_close(little, usual, atol=1e-5, rtol=1e-4)
+    assert stopped(monkeypatch, SIGTERM, at=4)[1] == 5  # nano's average moves at 3, 5 and 6
     resume("parts")
     assert_same_end("whole", "parts")
 
@@ -270,20 +278,26 @@ def test_a_batch_in_parts_is_the_same_step():
     assert train.split(5, 2) == [slice(0, 3), slice(3, 5)]
     for name, more in (("whole", []), ("parts", ["--accumulate", "2"])):
         run(name, "--batch-size", "5", *more, steps=2)
-    for i, whole in state("whole")["optimizer"]["state"].items():
-        parts = state("parts")["optimizer"]["state"][i]["exp_avg"]
-        torch.testing.assert_close(parts, whole["exp_avg"], atol=1e-5, rtol=1e-3)
+    assert_close_gradients("whole", "parts")
     for name in run_state.LossMeter.names:
         whole, parts = (float(rows(run)[0][name]) for run in ("whole", "parts"))
         assert parts == pytest.approx(whole, rel=1e-4)
 
 
-def test_a_cpu_takes_large_batches_in_parts():
-    """4 images of 256 px at a time, or as many pixels of another size; a GPU takes all at once."""
-    for size, device, parts in ((128, "cpu", 1), (256, "cpu", 4), (256, "cuda", 1)):
-        args = train.parse_args(f"--data own --init tiny.safetensors --size {size}".split())
-        train.resolve_defaults(args, 1, torch.device(device))
-        assert (args.batch_size, args.accumulate) == (16, parts)
+def test_the_batch_suits_processes_and_memory():
+    """The recipe's 16 images are rounded up to torchrun's processes; the user's own are refused. A
+    CPU takes 4 images of 256 px at a time, or as many pixels of another size; a GPU takes all.
+    """
+
+    def batch(flags, processes=1, device="cpu"):
+        args = train.parse_args(f"--data own --init tiny.safetensors {flags}".split())
+        train.resolve_defaults(args, processes, torch.device(device))
+        return args.batch_size, args.accumulate
+
+    assert batch("--size 128") == batch("--size 256", device="cuda") == (16, 1)
+    assert batch("--size 256") == (16, 4) and batch("", processes=5) == (20, 1)
+    with pytest.raises(UserError, match="not a multiple of 5"):
+        batch("--batch-size 4", processes=5)
 
 
 def test_a_run_says_early_how_long_it_takes(monkeypatch):
@@ -310,32 +324,27 @@ def test_a_run_may_be_moved_and_copied():
     changed = {"steps": 2, "root": "elsewhere", "out": "second", "resume": "second"}
     assert settings("second") == settings("first") | changed
     assert state("second")["values"]["step"] == 2
+    with pytest.raises(UserError, match="is at step 2 already; give more --steps"):
+        resume("second")  # would otherwise claim to have trained
 
 
-def test_two_processes_take_the_step_of_one():
-    """The gradients of half the batch each, in two parts, are those of one process; only rank 0
-    prints.
+def test_two_processes_take_the_steps_of_one_and_stop_in_order(monkeypatch):
+    """The gradients of half the batch each, in two parts, are those of one process. Ctrl-C and
+    SLURM signal torchrun and its processes at once: the run saves what it has. Only rank 0 prints.
     """
-    command = [*TORCHRUN, *arguments("two", "--accumulate", "2")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    assert done.stdout.count("the autoencoder rebuilds masks with Dice 0.") == 1
-    one, two = (state(name)["optimizer"]["state"] for name in ("finished", "two"))
-    for i in one:
-        torch.testing.assert_close(two[i]["exp_avg"], one[i]["exp_avg"], atol=1e-5, rtol=1e-3)
-
-
-def test_a_signal_to_all_processes_stops_a_run_in_order():
-    """Ctrl-C and SLURM signal torchrun and its processes at once; the run saves what it has."""
-    command = [*TORCHRUN, *arguments("run", steps=10**6)]
+    command = [*TORCHRUN, *arguments("two", "--accumulate", "2", steps=10**6)]
     with subprocess.Popen(
         command, text=True, start_new_session=True, stdout=subprocess.PIPE
     ) as process:
-        next(line for line in process.stdout if line.startswith("step"))
+        begun = itertools.takewhile(lambda line: not line.startswith("step"), process.stdout)
+        text = "".join(begun)
         os.killpg(process.pid, signal.SIGTERM)
-        text = process.stdout.read()
+        text += process.stdout.read()
     assert process.returncode != 0 and text.count("stopping after this step") == 1
-    assert state("run")["values"]["step"] >= 2
+    assert text.count("the autoencoder rebuilds masks with Dice 0.") == 1
+    step = state("two")["values"]["step"]
+    assert stopped(monkeypatch, SIGTERM, step - 1, steps=10**6) == (143, step)
+    assert_close_gradients("parts", "two")
 
 
 def test_a_compiled_run_is_the_same_run(monkeypatch):
@@ -422,34 +431,24 @@ def test_what_cannot_be_done_is_one_line(words, flags):
     assert settings("finished") == before
 
 
-def test_a_run_that_is_over_says_so():
-    """--resume with no step left would otherwise claim to have trained."""
-    with pytest.raises(UserError, match="is at step 6 already; give more --steps"):
-        train.main(train.parse_args(["--resume", "finished"]))
-
-
 def test_validation_without_foreground_is_not_a_score(monkeypatch, capsys):
     """Its Dice is `-`, neither 0 nor 1, and the last model is kept."""
     monkeypatch.setattr(train, "validate", lambda *_, **__: float("nan"))
-    train.main(train.parse_args(arguments("run", steps=3)))
+    run("run", steps=1)
     assert "done: run/model.safetensors, validation Dice -" in capsys.readouterr().out
     assert SDSeg.load("run/model.safetensors")
 
 
-@pytest.mark.parametrize("flag, augment", [("none", None), ("flip", "flip"), ("full", "full")])
-def test_the_flag_augment_reaches_the_data(flag, augment, monkeypatch):
+def test_the_flag_augment_reaches_the_data(monkeypatch):
     """`none` means no augmentation: images and masks are those of the files."""
 
-    class Seen(Exception):
-        pass
+    def stop(spec, part, size, augment, seed):
+        raise UserError(f"augment is {augment}")
 
-    def data(spec, part, size, augment, seed):
-        raise Seen(augment)
-
-    monkeypatch.setattr(train, "SegmentationData", data)
-    with pytest.raises(Seen) as seen:
-        train.main(train.parse_args(arguments("run", "--augment", flag)))
-    assert seen.value.args == (augment,)
+    monkeypatch.setattr(train, "SegmentationData", stop)
+    for flag, augment in (("none", None), ("flip", "flip"), ("full", "full")):
+        with pytest.raises(UserError, match=f"augment is {augment}"):
+            run("run", "--augment", flag)
 
 
 def test_how_volumes_are_sliced_is_kept_with_the_model():
@@ -507,16 +506,6 @@ def test_a_damaged_state_is_refused():
     Path("resume.pt").write_bytes(b"not a checkpoint")
     with pytest.raises(UserError, match="damaged"):
         run_state.load_state("resume.pt", model=model)
-
-
-def test_every_process_gets_an_image():
-    """The recipe's batch is rounded up to torchrun's processes; the user's own may be refused."""
-    flags = ["--data", "own", "--init", "tiny.safetensors"]
-    args = train.parse_args(flags)
-    train.resolve_defaults(args, 5, CPU)
-    assert args.batch_size == 20  # nano has 16
-    with pytest.raises(UserError, match="not a multiple of 5"):
-        train.resolve_defaults(train.parse_args([*flags, "--batch-size", "4"]), 5, CPU)
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_piece():
