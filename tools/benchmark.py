@@ -16,6 +16,7 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -247,22 +248,21 @@ def training_step(config, recipe, batch, device, dtype, compiled=False, small_gp
     optimizer = torch.optim.AdamW(trained, lr=recipe["lr"], fused=True)
     scale = None if dtype == torch.float16 else 1.0
     scaler = torch.amp.GradScaler(device.type, scale or 2.0**16, enabled=device.type != "mps")
-    latents, weight = LatentCache(model.encode_mask), recipe["mask_weight"]
+    latents = LatentCache(model.encode_mask)
+    weights = SimpleNamespace(latent_weight=1.0, mask_weight=recipe["mask_weight"])
     image, mask, symmetries = batch
     shape = model.latent_shape
     t, noise = train.sample_t_and_noise(len(mask), shape, None, recipe["terminal_fraction"])
-    image, mask, t_on_device, noise = (x.to(device) for x in (image, mask, t, noise))
+    image, mask, noise = (x.to(device) for x in (image, mask, noise))
 
     def average():
         train.update_ema(averages, trained, recipe["steps"], recipe["ema"])
 
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            out = model(image, latents(mask, symmetries), t_on_device, noise)
-            loss = out.noise_loss.mean() + out.latent_loss.mean()
-            if weight:
-                loss = loss + weight * train.decoded_mask_loss(model, out.z_0_estimate, mask, t)
-        scaler.scale(loss).backward()
+            z_0 = latents(mask, symmetries)
+            values, _ = train.weighted_loss(model, model, image, mask, z_0, t, noise, weights)
+        scaler.scale(values[0]).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         scaler.step(optimizer)
