@@ -133,15 +133,19 @@ def atomic_write(path):
     """Yield a temporary path beside `path`; on success flush it to disk and rename it.
 
     A reader sees the old file or the new one, never half of one. After an error nothing is left.
+    Its permissions are the usual ones, because safetensors makes files that nobody else can read.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # The ending stays last because libraries choose the format by it.
     temporary = path.with_name(f".tmp{os.getpid()}.{path.name}")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        temporary.chmod(mode)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

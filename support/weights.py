@@ -33,6 +33,8 @@ def write_weights(path, tensors, config, half=False):
 
 def read_weights(path, config_class):
     """-> config, {name: tensor}. Raises UserError for a file that is not ours, or damaged."""
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder; give the .safetensors file in it")
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("sdseg")

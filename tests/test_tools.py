@@ -89,7 +89,7 @@ def test_a_threshold_is_chosen_on_validation_images(tmp_path, monkeypatch, capsy
     calibrate.main(calibrate.parse_args(["--data", str(folder), "--model", file, "--out", out]))
     text = capsys.readouterr().out
     config = SDSeg.load(out).config
-    assert config.threshold > 0.5 and f"threshold {config.threshold}" in text
+    assert config.threshold > 0.5 and f"stored: threshold {config.threshold}" in text
     before, after = (float(x) for x in re.findall(r"false alarms on ([\d.]+)%", text))
     assert after < before
 

@@ -77,8 +77,9 @@ def main(args):
     if not (free and data.has_foreground()):
         raise UserError(f"--data {args.data}: needs validation images with and without foreground")
     prob, free_prob = probabilities(model, list(data.images)), probabilities(model, free)
-    masks = torch.from_numpy(np.asarray(data.masks))
-    print(f"{args.data}: {len(masks)} validation images, {len(free)} crops without foreground")
+    masks = torch.from_numpy(np.array(data.masks))
+    few = "; that is few for a choice" if len(masks) < 20 else ""
+    print(f"{args.data}: {len(masks)} validation images, {len(free)} crops without foreground{few}")
 
     # 2. Each setting
     results = {}
@@ -91,10 +92,10 @@ def main(args):
     enough = results[0.5, 0.0][0] - DICE_COST
     best = min((s for s in results if results[s][0] >= enough),
                key=lambda s: (results[s][1], -results[s][0]))  # fmt: skip
-    for setting in ((0.5, 0.0), best):
+    for when, setting in (("before: ", (0.5, 0.0)), ("stored: ", best)):
         dice, alarms = results[setting]
-        print(f"threshold {setting[0]}, regions from {setting[1]:.1%} of the image: validation "
-              f"Dice {dice:.4f}, false alarms on {alarms:.1%} of the crops")  # fmt: skip
+        print(f"{when}threshold {setting[0]}, regions from {setting[1]:.1%} of the image: "
+              f"validation Dice {dice:.4f}, false alarms on {alarms:.1%} of the crops")  # fmt: skip
     model.config = replace(config, threshold=best[0], smallest_area=best[1])
     out = args.out or Path(args.model).with_name("calibrated.safetensors")
     model.save(out, half=True)

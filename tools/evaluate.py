@@ -7,7 +7,6 @@ efficiency (Table 4), and Dice against DDIM steps (Figure 3).
 Letters: N runs from different noise, K classes, Z slices.
 """
 
-import contextlib
 import csv
 import itertools
 import json
@@ -112,12 +111,15 @@ def old_training_hashes(data, split, root):
     hashes, shares = set(), {"cvc": 62 / 612, "kvasir": 0.1}
     for name in shares.keys() & data.split("+"):
         by_video = name == "cvc" and split == "sequence"
-        with contextlib.suppress(UserError):
+        try:
             splits = find(name, root, split if by_video else "random").splits
             cases = sorted(sum(splits.values(), ()), key=lambda c: natural_sort_key(c.name))
             random.Random(0).shuffle(cases)
             old = cases[: len(cases) - 2 * round(len(cases) * shares[name])]
             hashes.update(image_hashes(splits["train"] if by_video else old))
+        except UserError:
+            print(f"the model was trained on {name}, which is not in {root}: "
+                  "its images cannot be left out")  # fmt: skip
     return hashes
 
 
@@ -259,7 +261,7 @@ def gallery(model, spec, cases, dice, args):
         row = [image, overlay(image, truth), overlay(image, ids)]
         row = [fit_tile(x, TILE, Image.Resampling.BICUBIC) for x in row]
         name = cases[number].name.encode("ascii", "replace").decode()[-30:]
-        ImageDraw.Draw(row[0]).text((4, 4), f"{name}  Dice {text(dice[number])}")
+        ImageDraw.Draw(row[0]).text((4, 4), f"Dice {text(dice[number])}  {name}")
         tiles += map(np.asarray, row)
     return grid(tiles, 3)
 
@@ -303,7 +305,8 @@ def results_folder(args, name):
     settings += "-leading" if args.spacing == "leading" else ""
     settings += "-sequence" if args.split == "sequence" else ""
     settings += f"-first{args.limit}" if args.limit else ""
-    return Path(args.model).parent / f"eval-{name.replace('+', '-')}-{args.part}{settings}"
+    stem = "" if Path(args.model).stem == "model" else f"-{Path(args.model).stem}"
+    return Path(args.model).parent / f"eval{stem}-{name.replace('+', '-')}-{args.part}{settings}"
 
 
 def print_scores(spec, summary, columns):

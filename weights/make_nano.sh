@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# Make the model that ships, from nothing: bash weights/make_nano.sh [SEED [SPLIT]]
+# Make the next model that ships, from nothing: bash weights/make_nano.sh [SEED [SPLIT]]
 # Needs data/CVC-ClinicDB and data/Kvasir-SEG. Writes runs/nano-SPLIT-SEED/nano.safetensors.
-# SPLIT is random, or sequence for whole videos held out. weights/README.md says how long it takes.
+# SPLIT is random, or sequence for whole videos held out. On a GPU; two CPU cores take more than a day.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seed=${1:-0} split=${2:-random}
