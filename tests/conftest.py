@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import zlib
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from vae import VAEConfig
 keep_freed_memory()  # as every command does
 ROOT = Path(__file__).parent.parent
 GOLDENS = Path(__file__).parent / "goldens"
+slow = pytest.mark.skipif(not os.environ.get("SLOW"), reason="slow; SLOW=1 pytest runs it")
 VAE_TINY = VAEConfig(32, (1, 2, 2), 1)  # the golden networks
 UNETS = {
     "sd": UNetConfig("sd", 8, 4, 32, (1, 2, 4, 4), 2, (1, 2, 4), 8, 48),

@@ -26,7 +26,7 @@ def test_overfit_one_image():
     assert score() < 0.5
     z_0 = model.encode_mask(mask).repeat(2, 1, 1, 1)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
-    for _ in range(30):
+    for _ in range(24):
         t = torch.tensor([T - 1, int(torch.randint(T, ()))])
         out = model(image.repeat(2, 1, 1, 1), z_0, t, torch.randn_like(z_0))
         loss = out.noise_loss.mean() + out.latent_loss.mean()

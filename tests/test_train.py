@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, TINY, disc_folder, tiny
+from conftest import ROOT, TINY, disc_folder, slow, tiny
 from PIL import Image
 
 import train
@@ -347,6 +347,7 @@ def test_two_processes_take_the_steps_of_one_and_stop_in_order(monkeypatch):
     assert_close_gradients("parts", "two")
 
 
+@slow
 def test_a_compiled_run_is_the_same_run(monkeypatch):
     """Every step, but no validation, runs through the compiled networks; the losses stay."""
     calls = []
