@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TINY, UNETS, golden, golden_weights, tiny
+from conftest import TINY, UNETS, golden, golden_weights, slow, tiny
 
 from sdseg import PRESETS, SDSeg, T, class_colours, ddim_timesteps, from_pretrained, widen_conv_in
 from support.cli import UserError
@@ -277,6 +277,7 @@ def test_both_fusions_see_the_image_in_any_precision(fusion):
     assert (exact - other).abs().mean() > 1e-4
 
 
+@slow
 def test_compiling_changes_no_value_and_no_name():
     """Each network is captured as one graph, here LDM's; the weights' names stay."""
     model = tiny(unet=replace(TINY.unet, family="ldm")).for_inference("cpu")  # channels_last too
