@@ -11,7 +11,6 @@ Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`.
 import contextlib
 import copy
 import math
-import os
 import time
 from dataclasses import asdict, replace
 from functools import partial
@@ -38,7 +37,7 @@ from support.cli import (
     run_command,
     seed_int,
 )
-from support.device import choose_dtype, compile_networks, init_distributed
+from support.device import choose_dtype, compile_networks, init_distributed, loader_workers
 from support.folders import image_hashes
 from support.images import write_image
 from support.metrics import latent_std, mean_dice, pixel_counts, vae_dice
@@ -152,7 +151,7 @@ def main(args):
     on_gpu, n = device.type == "cuda", args.batch_size
     batches = TrainingBatches(train_set, n, args.seed, rank, world_size)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, args.steps),
-                        num_workers=on_gpu * min(12, os.cpu_count()), pin_memory=on_gpu,
+                        num_workers=loader_workers(device), pin_memory=on_gpu,
                         worker_init_fn=run_state.ignore_stop_signals)  # fmt: skip
 
     # 5. The loop; it waits for the GPU only to log and to validate
@@ -294,6 +293,8 @@ def sample_strip(model, data, n=6):
     batch = data.batch([(None, i * len(data) // n) for i in range(n)])
     image, truth = (batch[name].to(model.device) for name in ("image", "mask"))
     z_c = model.encode_image(image)
+    if model.config.context == "neighbours":
+        image = image[:, 1:2].expand(-1, 3, -1, -1)  # the slice itself
     noise = torch.randn(z_c.shape[1:], generator=torch.Generator().manual_seed(0))
     z_0 = model.ddim_sample(noise.to(model.device).expand_as(z_c), z_c, [T - 1])
     latent = F.interpolate(z_0[:, :3], image.shape[2:], mode="nearest") / 2
@@ -344,8 +345,8 @@ def make_model(args, spec, init):
     asked = dict(prediction=args.prediction, fusion=args.fusion, image_size=args.size,
                  context=args.context)  # fmt: skip
     asked = {name: value for name, value in asked.items() if value}
-    asked |= dict(threshold=0.5, smallest_area=0.0)  # those of other weights mean nothing here
     asked |= dict(classes=spec.classes, window=spec.window, plane=spec.plane)
+    asked |= dict(threshold=0.5, smallest_area=0.0)  # those of other weights mean nothing here
     model = from_pretrained(init, **asked)
     config, val = model.config, image_hashes(spec.splits["val"])
     seen = len(set(config.trained_on) & set(val))
@@ -396,7 +397,8 @@ def curves(log):
     """What a run's curves.png shows, each against the step."""
     panels = {"losses": run_state.LossMeter.names, "validation Dice": ["val_dice"],
               "learning rate": ["lr"]}  # fmt: skip
-    return [(f"{title}, by step", log.curves(names)) for title, names in panels.items()]
+    return [(f"{title}, by step", log.curves(names), None, None)
+            for title, names in panels.items()]  # fmt: skip
 
 
 LOG_EVERY = 25  # steps between two lines of the log; its latent_t900 is L_latent at t >= 900

@@ -1,6 +1,7 @@
 """Devices, number formats, processes and compilation."""
 
 import contextlib
+import os
 import platform
 import warnings
 from pathlib import Path
@@ -69,6 +70,11 @@ def compile_networks(model, **options):
     """
     for part in (model.tau, model.unet, model.vae.decoder):
         part.to(memory_format=torch.channels_last).compile(fullgraph=True, **options)
+
+
+def loader_workers(device):
+    """Processes that load data beside a GPU. On a CPU none: they would take time from training."""
+    return min(12, os.cpu_count()) if device.type == "cuda" else 0
 
 
 def init_distributed():

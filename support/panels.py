@@ -6,12 +6,13 @@ Letters: H W the size of an image, S the side of a square one, Z the slices of a
 import colorsys
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # Black, then a colour for each class: hues a golden section apart, so that neighbours differ.
 HUES = [colorsys.hsv_to_rgb((0.33 + 0.618 * i) % 1, 1, 1) for i in range(13)]
 PALETTE = (255 * np.array([(0, 0, 0), *HUES])).astype(np.uint8)  # (14, 3)
-GREY, BLUE = (96, 96, 96), (31, 90, 160)
+GREY, LIGHT_GREY, BLUE = (96, 96, 96), (225, 225, 225), (31, 90, 160)
+LINES = (BLUE, "#d1495b", "#2e8b57", "#e08e0b", "#7b3fa0", "#444444", "#00a0b0", "#b0713a")
 
 
 def to_uint8(x):
@@ -97,7 +98,7 @@ def plot_curve(steps, dice):
     draw = ImageDraw.Draw(canvas)
     for value in np.linspace(low, high, round((high - low) * 20) + 1):
         height = np.interp(value, (low, high), (bottom, top))
-        draw.line([left, height, right, height], fill=(225, 225, 225))
+        draw.line([left, height, right, height], fill=LIGHT_GREY)
         draw.text((left - 8, height), f"{value:.2f}", fill="black", anchor="rm")
     draw.line([left, top, left, bottom, right, bottom], fill="black")
     draw.text((left, 12), "mean Dice", fill="black", anchor="mt")
@@ -112,36 +113,50 @@ def plot_curve(steps, dice):
 
 
 def plot_panels(panels):
-    """[(title, {name: (x, y)})] -> uint8 (300, 400 N, 3): one plot a title, a line a name.
+    """[(title, {name: (x, y)}, x_labels, y_range)] -> uint8 (420, 460 N, 3): one plot a title.
 
-    x and y are sequences of equal length; y may hold nan. The top of a plot is a little above the
-    98th percentile, because the first losses are far above all others.
+    x and y are sequences of equal length; y may hold nan. x_labels {text: x}, or None for round
+    numbers from 0; y_range (low, high), or None for that of the values. Of these the largest 2 %
+    are cut off, because the first losses of a run are far above all others.
     """
-    canvas = Image.new("RGB", (400 * len(panels), 300), "white")
-    draw = ImageDraw.Draw(canvas)
-    for left, (title, lines) in zip(range(60, 400 * len(panels), 400), panels):
-        right, top, bottom = left + 320, 40, 260
-        draw.text((left, 12), title, fill="black", anchor="lt")
-        draw.line([left, top, left, bottom, right, bottom], fill="black")
-        values = [v for _, y in lines.values() for v in y if np.isfinite(v)]
-        if not values:
-            continue
-        low, high = min(values), np.percentile(values, 98)
-        high += 0.05 * (high - low) or 1
-        last = max(max(x) for x, _ in lines.values())
-        for i in range(5):
-            value, height = low + i * (high - low) / 4, bottom - 220 * i / 4
-            draw.line([left, height, right, height], fill=(225, 225, 225) if i else "black")
-            draw.text((left - 6, height), f"{value:.3g}", fill="black", anchor="rm")
-        for x in (0, last):
-            draw.text((left + 320 * x / last, bottom + 8), f"{x:g}", fill="black", anchor="mt")
-        for i, (name, (x, y)) in enumerate(lines.items()):
-            colour = tuple((PALETTE[i + 1] // 4 * 3).tolist())
-            height = np.interp(y, (low, high), (bottom, top))
-            points = [(left + 320 * a / last, b) for a, b in zip(x, height) if np.isfinite(b)]
-            draw.line(points, fill=colour, width=2)
-            for px, py in points if len(points) < 20 else points[-1:]:
-                draw.ellipse([px - 2, py - 2, px + 2, py + 2], fill=colour)
-            if len(lines) > 1:
-                draw.text((right, top + 14 * i), name, fill=colour, anchor="rt")
+    return np.concatenate([plot_lines(*panel) for panel in panels], 1)
+
+
+def plot_lines(title, lines, x_labels=None, y_range=None):
+    """One panel of `plot_panels`; the names stand at its right."""
+    values = [v for _, y in lines.values() for v in y if np.isfinite(v)] or [0]
+    y_ticks = round_numbers(*(y_range or (min(values), np.percentile(values, 98))))
+    last = max((max(x) for x, _ in lines.values()), default=1)
+    x_labels = x_labels or {f"{x:g}": x for x in round_numbers(0, last)}
+    span = min(x_labels.values()), max(x_labels.values())
+    left, right, top, bottom = 60, 320, 40, 370
+
+    canvas = Image.new("RGB", (460, 420), "white")
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
+    draw.text((left, 12), title, "black", font)
+    for value in y_ticks:
+        height = np.interp(value, (y_ticks[0], y_ticks[-1]), (bottom, top))
+        draw.line([left, height, right, height], LIGHT_GREY)
+        draw.text((left - 6, height), f"{value:g}", "black", font, anchor="rm")
+    for text, value in x_labels.items():
+        draw.text((np.interp(value, span, (left, right)), bottom + 8), text, "black", font, "mt")
+    draw.line([left, top, left, bottom, right, bottom], "black")
+    for i, (name, (x, y)) in enumerate(lines.items()):
+        colour = LINES[i % len(LINES)]
+        y = np.interp(y, (y_ticks[0], y_ticks[-1]), (bottom, top))
+        points = [p for p in zip(np.interp(x, span, (left, right)), y) if np.isfinite(p[1])]
+        draw.line(points, colour, 2)
+        for px, py in points[-1:]:
+            draw.ellipse([px - 3, py - 3, px + 3, py + 3], colour)
+        draw.line([right + 12, 56 + 20 * i, right + 30, 56 + 20 * i], colour, 3)
+        draw.text((right + 36, 56 + 20 * i), name, "black", font, anchor="lm")
     return np.asarray(canvas)
+
+
+def round_numbers(low, high):
+    """Two to seven numbers such as 0, 0.2, 0.4, .. that enclose low to high, which may be equal."""
+    high = high if high > low else low + (abs(low) or 1)
+    step = 10 ** np.floor(np.log10((high - low) / 4))
+    step *= next(m for m in (1, 2, 5, 10) if high - low <= 5 * m * step)
+    first, last = np.floor(low / step + 1e-6), np.ceil(high / step - 1e-6)
+    return [float(f"{i * step:.12g}") for i in np.arange(first, last + 1)]

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageColor
 
 from support import panels
 
@@ -55,9 +55,20 @@ def test_a_plot_has_room_for_every_curve(scores):
 def test_curves_stay_in_their_panels():
     """One panel a title, one colour a line; a value that is not finite leaves a gap, no error."""
     rising = ((1, 2, 3, 4), (0.0, 1.0, float("nan"), 3.0))
-    image = panels.plot_panels([("two", {"a": rising, "b": ((1, 4), (3, 0))}), ("none", {})])
-    assert image.shape == (300, 800, 3)
-    for line in (1, 2):
-        _, x = (image == panels.PALETTE[line] // 4 * 3).all(2).nonzero()
+    two = ("two", {"a": rising, "b": ((1, 4), (3, 0))}, None, None)
+    image = panels.plot_panels([two, ("none", {}, None, (0, 1))])
+    assert image.shape == (420, 920, 3)
+    for colour in map(ImageColor.getrgb, ("#1f5aa0", "#d1495b")):
+        _, x = (image == colour).all(2).nonzero()
         assert 60 < x.min() and x.max() < 400 and np.ptp(x) > 200
-    assert (image[100:250, 470:] == 255).all()
+    assert (image[80:100, 525:780] == 255).all()
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.00191, 0.0021), (9e-5, 9e-5), (-3, 7000), (0, 0)])
+def test_the_axes_have_round_numbers(low, high):
+    """Few, evenly spaced, with one digit that is 1, 2 or 5 in their step; they enclose the data."""
+    ticks = panels.round_numbers(low, high)
+    step = float(f"{ticks[1] - ticks[0]:.6e}")
+    assert 2 <= len(ticks) <= 7 and ticks[0] <= low and high <= ticks[-1]
+    assert f"{step:e}"[0] in "125" and float(f"{step:.0e}") == pytest.approx(step)
+    assert np.allclose(np.diff(ticks), step)

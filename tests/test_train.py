@@ -177,7 +177,7 @@ def test_a_run_leaves_what_it_promises():
     assert config.mask_scale != TINY.mask_scale
     assert [r["step"] for r in rows("finished")] == ["2", "3", "4", "6", "6"]
     assert Image.open("finished/samples/000006.png").size[0] == 32 * 4
-    assert Image.open("finished/curves.png").size == (3 * 400, 300)
+    assert Image.open("finished/curves.png").size == (3 * 460, 420)
     assert settings("finished")["steps"] == 6 and state("finished")["values"]["step"] == 6
     assert not list(Path("finished").glob(".tmp*"))
 

@@ -11,7 +11,6 @@ import copy
 import ctypes
 import datetime
 import itertools
-import os
 import statistics
 import time
 from functools import partial
@@ -35,6 +34,7 @@ from support.device import (
     compile_networks,
     device_name,
     find_device,
+    loader_workers,
     peak_memory,
     synchronize,
 )
@@ -277,9 +277,8 @@ def training_step(config, recipe, batch, device, dtype, compiled=False, small_gp
 def loading_share(step, batches, seconds, device):
     """The share of the time that the loop of train.py waits for its batches, as text."""
     on_gpu = device.type == "cuda"
-    workers = on_gpu * min(12, os.cpu_count())
     loader = iter(DataLoader(batches, batch_size=None, sampler=itertools.count(),
-                             num_workers=workers, pin_memory=on_gpu))  # fmt: skip
+                             num_workers=loader_workers(device), pin_memory=on_gpu))  # fmt: skip
     waited, rounds = 0, 0
     began = time.perf_counter()
     while rounds < 3 or time.perf_counter() - began < seconds:
@@ -291,7 +290,8 @@ def loading_share(step, batches, seconds, device):
         synchronize(device)
         rounds += 1
     share = waited / (time.perf_counter() - began)
-    return f"loading takes {share:.1%} of the time, in {workers or 'no'} processes beside"
+    workers = loader_workers(device) or "no"
+    return f"loading takes {share:.1%} of the time, in {workers} processes beside"
 
 
 def measure_training(config, device, dtype, args):

@@ -31,7 +31,7 @@ from data import (
     symmetry,
     symmetry_of,
 )
-from sdseg import PRESETS, Losses, SDSeg, SDSegConfig, T, ddim_timesteps
+from sdseg import Losses, SDSeg, SDSegConfig, T, ddim_timesteps
 from support.cli import (
     ArgumentParser,
     UserError,
@@ -46,12 +46,11 @@ from support.device import device_name, find_device
 from support.folders import file_hash
 from support.metrics import dice_from_counts, latent_std
 from support.run_state import load_state, save_state
-from support.weights import DEFAULT_WEIGHTS, load_strict, read_weights, write_weights
+from support.weights import DEFAULT_WEIGHTS, load_strict, read_weights
+from tools import train_vae
 from tools.claims_report import plateau, report
-from tools.train_vae import reconstruction_loss
 from train import decoded_mask_loss, make_ema, sample_t_and_noise, update_ema
 from unet import UNet, UNetConfig
-from vae import VAEConfig
 
 LR, WARMUP, EMA = 1e-3, 50, 0.99
 UNET = UNetConfig("sd", 8, 4, 32, (1, 2, 4), 1, (2, 4), 4, None)  # 3.9 M parameters
@@ -408,31 +407,12 @@ def set_up_process(threads):
 
 
 def train_f8(args):
-    """Train the small f8 autoencoder of `faithful`, on images and masks, and write its file."""
-    path, device = Path(args.out) / "f8.safetensors", find_device(args.device)
-    if path.exists():
-        return
-    spec, data = load_data(args.data, args.root, args.size, device)
-    torch.manual_seed(0)
-    config = replace(PRESETS["nano"], vae=VAEConfig(32, (1, 1, 2, 2), 1), classes=spec.classes,
-                     image_size=args.size)  # fmt: skip
-    model = SDSeg(config).to(device)
-    vae, generator = model.vae.requires_grad_(), torch.Generator().manual_seed(0)
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=LR, betas=(0.9, 0.99), weight_decay=0)
-    for step in range(args.vae_steps):
-        warm = min(1.0, (step + 1) / WARMUP)
-        optimizer.param_groups[0]["lr"] = LR * warm * (1 - step / args.vae_steps)
-        image, mask = data.batch(16, 0, step)
-        x = torch.cat([image[:4], model.labels_to_rgb(mask[4:])])
-        noise = torch.randn(len(x), *model.latent_shape, generator=generator).to(device)
-        loss, l1, _ = reconstruction_loss(vae, x, noise)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if (step + 1) % 300 == 0:
-            print_line(f"f8 autoencoder: step {step + 1}, l1 {l1.item():.4f}")
-    write_weights(path, {f"vae.{k}": v for k, v in vae.state_dict().items()}, config)
+    """The small f8 autoencoder of `faithful`, unless its file is there."""
+    path = Path(args.out) / "f8.safetensors"
+    if not path.exists():
+        flags = {"data": args.data, "root": args.root, "size": args.size, "factor": 8,
+                 "steps": args.vae_steps, "out": path}  # fmt: skip
+        train_vae.main(train_vae.parse_args([f"--{k}={v}" for k, v in flags.items()]))
 
 
 # ---- the command ----

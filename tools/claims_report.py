@@ -7,18 +7,17 @@ import json
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
 
 from support.cli import UserError, atomic_write
 from support.images import write_image
 from support.metrics import bootstrap_interval
+from support.panels import plot_panels
 
 PAPER = {"cross": 0.327, "concat": 0.803, "trainable": 0.919, "lambda-1": 0.928}  # BTCV, Table 6
 SAME = ("data", "size", "steps", "batch_size", "lr", "warmup", "ema")  # in all runs of a report
 EXTRA = {"10x1": "10 steps - 1", "50x1": "50 steps - 1", "1x25": "25 samples - 1",
          "other": "zeros - noise"}  # fmt: skip
 IN_FIGURE = ("base", "uniform", "uniform-eps", "terminal", "zeros", "no-z_t", "logits", "plain")
-COLOURS = ("#1f5aa0", "#d1495b", "#2e8b57", "#e08e0b", "#7b3fa0", "#444444", "#00a0b0", "#b0713a")
 
 
 # ---- results ----
@@ -193,36 +192,9 @@ def draw(faithful, helps):
         curve = [run["curve"] for run in helps[name].values()]
         dice = [[np.mean(point["dice"]) for point in points] for points in curve]
         curves[name] = ([point["samples"] / 1000 for point in curve[0]], np.mean(dice, 0))
-    last = max((x[-1] for x, _ in curves.values()), default=1)
-    panels = [
-        panel("Dice against DDIM steps", steps, {f"{n}": np.log10(n) for n in (1, 2, 5, 10, 50)}),
-        panel("Dice of one call's z_0 estimate against t", levels,
-              {f"{t}": t for t in (0, 250, 500, 750, 999)}),
-        panel("Dice against thousands of samples seen", curves,
-              {f"{x:.3g}": x for x in np.linspace(0, last, 5)}),
-    ]  # fmt: skip
-    return np.concatenate(panels, 1)
-
-
-def panel(title, lines, x_labels):
-    """{name: (x, y)}, y in [0, 1], as lines with a legend; x_labels {text: x} -> (420, 460, 3)."""
-    canvas = Image.new("RGB", (460, 420), "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(13)
-    left, right, top, bottom = 50, 320, 40, 370
-    span = min(x_labels.values()), max(x_labels.values())
-    pen.text((left, 12), title, "black", font)
-    for value in np.linspace(0, 1, 6):
-        y = np.interp(value, (0, 1), (bottom, top))
-        pen.line([left, y, right, y], "#e0e0e0")
-        pen.text((left - 6, y), f"{value:.1f}", "black", font, anchor="rm")
-    for label, value in x_labels.items():
-        x = np.interp(value, span, (left, right))
-        pen.text((x, bottom + 8), label, "black", font, anchor="mt")
-    pen.line([left, top, left, bottom, right, bottom], "black")
-    for i, (name, (x, y)) in enumerate(lines.items()):
-        points = zip(np.interp(x, span, (left, right)), np.interp(y, (0, 1), (bottom, top)))
-        pen.line(list(points), COLOURS[i % len(COLOURS)], 2)
-        y = 56 + 20 * i
-        pen.line([right + 12, y, right + 30, y], COLOURS[i % len(COLOURS)], 3)
-        pen.text((right + 36, y), name, "black", font, anchor="lm")
-    return np.asarray(canvas)
+    logs = {f"{n}": np.log10(n) for n in (1, 2, 5, 10, 50)}
+    return plot_panels([
+        ("Dice against DDIM steps", steps, logs, (0, 1)),
+        ("Dice of one call's z_0 estimate against t", levels, None, (0, 1)),
+        ("Dice against thousands of samples seen", curves, None, (0, 1)),
+    ])  # fmt: skip

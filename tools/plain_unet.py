@@ -20,7 +20,7 @@ import train
 from data import SegmentationData, TrainingBatches, find
 from sdseg import SDSeg, SDSegConfig
 from support.cli import ArgumentParser, UserError, bounded, positive_int, run_command, seed_int
-from support.device import choose_dtype, find_device
+from support.device import choose_dtype, find_device, loader_workers
 from support.weights import load_strict, read_weights, write_weights
 from tools import evaluate
 
@@ -97,8 +97,8 @@ def main(args):
     optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)
     ema, averages = train.make_ema(model)
     batches = TrainingBatches(train_set, args.batch_size, args.seed)
-    workers = 6 * (device.type == "cuda")
-    loader = DataLoader(batches, batch_size=None, sampler=range(args.steps), num_workers=workers)
+    loader = DataLoader(batches, batch_size=None, sampler=range(args.steps),
+                        num_workers=loader_workers(device))  # fmt: skip
     args.warmup, best, began = RECIPE["warmup"], -1.0, time.monotonic()
     file = Path(args.out) / "model.safetensors"
     for step, (image, mask, _) in enumerate(loader):

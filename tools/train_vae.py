@@ -6,7 +6,6 @@ asked for, a half and a quarter of it. It writes a `.safetensors` of the autoenc
 `train.py --init` accepts. Letters: n maps, k classes, S the side of the current batch.
 """
 
-import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,14 @@ from torch.utils.data import DataLoader
 from data import SegmentationData, find
 from sdseg import PRESETS, SDSeg, class_colours, from_pretrained, validate_config
 from support.cli import ArgumentParser, UserError, bounded, positive_int, run_command, seed_int
-from support.device import find_device, has_fast_bf16
+from support.device import find_device, has_fast_bf16, loader_workers
 from support.folders import MAX_CLASSES
 from support.metrics import latent_std, vae_dice
 from support.weights import write_weights
 from train import remember_images
 
 KL_WEIGHT = 1e-4
+CH_MULT = {4: PRESETS["nano"].vae.ch_mult, 8: (1, 1, 2, 2)}  # --factor: channels of the levels
 
 
 def parse_args(argv=None):
@@ -37,7 +37,8 @@ def parse_args(argv=None):
     add("--init", metavar="FILE", help="weights with the autoencoder to start from (else: random)")
     add("--out", default="runs/vae/vae.safetensors", help="the file to write")
     add("--steps", type=positive_int, default=2000, help="optimiser steps")
-    add("--batch-size", type=bounded(int, 4), default=8, help="at --size; more at smaller sizes")
+    add("--factor", type=int, default=4, choices=[4, 8], help="image side / latent side")
+    add("--batch-size", type=bounded(int, 4), default=8, help="at --size, in fours; else more")
     add("--lr", type=bounded(float, 0), default=1e-3, help="peak rate; it falls linearly to zero")
     add("--size", type=positive_int, default=128, help="pixels, H = W, of the largest batches")
     add("--seed", type=seed_int, default=0, help="of everything random")
@@ -130,7 +131,9 @@ def main(args):
     if args.init:
         model = from_pretrained(args.init, True, classes=spec.classes, image_size=args.size)
     else:
-        config = replace(PRESETS["nano"], classes=spec.classes, image_size=args.size)
+        preset = PRESETS["nano"]
+        vae = replace(preset.vae, ch_mult=CH_MULT[args.factor])
+        config = replace(preset, vae=vae, classes=spec.classes, image_size=args.size)
         validate_config(config)
         model = SDSeg(config)
     model.config = remember_images(model.config, spec, args.split)
@@ -142,8 +145,7 @@ def main(args):
     val_data = SegmentationData(spec, "val", args.size)
     sizes = sizes_of(args.size, len(model.config.vae.ch_mult))
     loader = DataLoader(ImagesAndMasks(train_data, sizes, args.batch_size), batch_size=None,
-                        sampler=range(args.steps),
-                        num_workers=min(8, os.cpu_count()) * (device.type == "cuda"))  # fmt: skip
+                        sampler=range(args.steps), num_workers=loader_workers(device))  # fmt: skip
     print(f"{spec.name}: {len(train_data)} training items; autoencoder of "
           f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M on {device}, "
           f"{'bf16' if bf16 else 'fp32'}, {args.steps} steps of {args.batch_size}")  # fmt: skip
