@@ -1,4 +1,4 @@
-"""What turns arrays into images for people: overlays, montages, contact sheets and plots.
+"""What turns arrays into images for people: overlays, montages and plots.
 
 Letters: H W the size of an image, S the side of a square one, Z the slices of a volume, N points.
 """
@@ -20,12 +20,9 @@ def to_uint8(x):
     return ((x.clamp(-1, 1) + 1) * 127.5).round().byte().movedim(-3, -1).cpu().numpy()
 
 
-def fit_tile(image, side, method):
-    """uint8 (H, W, 3) -> a PIL image of side x side, the aspect ratio kept, on grey.
-
-    `method` is a PIL resampling method: NEAREST for class colours, BICUBIC for photographs.
-    """
-    return ImageOps.pad(Image.fromarray(image), (side, side), method, color=GREY)
+def fit_tile(image, side):
+    """uint8 (H, W, 3) -> a PIL image of side x side, the aspect ratio kept, on grey."""
+    return ImageOps.pad(Image.fromarray(image), (side, side), color=GREY)
 
 
 def overlay(image, ids):
@@ -65,51 +62,11 @@ def enlarge(x, zoom):
     return x.repeat(zoom, axis=0).repeat(zoom, axis=1)
 
 
-def contact_sheet(rows, k):
-    """Rows of pairs (image uint8 (S, S, 3), class ids uint8 (S, S)) of k classes -> one image.
-
-    Each row of images stands above the row of their masks, where class k - 1 is white.
-    """
-    columns = max(len(row) for row in rows)
-    tiles = []
-    for row in rows:
-        masks = [np.repeat((ids * (255 // (k - 1)))[..., None], 3, axis=2) for _, ids in row]
-        for line in ([image for image, _ in row], masks):
-            tiles += line + [np.zeros_like(line[0])] * (columns - len(line))
-    return grid(tiles, columns)
-
-
 def grid(tiles, columns):
     """Images (H, W, 3) of one size -> one image, row by row; black where the last row ends."""
     tiles = tiles + [np.zeros_like(tiles[0])] * (-len(tiles) % columns)
     rows = [np.concatenate(tiles[i : i + columns], 1) for i in range(0, len(tiles), columns)]
     return np.concatenate(rows)
-
-
-def plot_curve(steps, dice):
-    """Mean Dice (N,) against N >= 2 numbers of DDIM steps, on a log axis -> uint8 (400, 640, 3)."""
-    low = max(np.floor(min(dice) * 20 - 0.5) / 20, 0)
-    high = min(np.ceil(max(dice) * 20 + 0.5) / 20, 1)
-    left, right, top, bottom = 60, 610, 40, 340
-    y = np.interp(dice, (low, high), (bottom, top))
-    x = np.interp(np.log(steps), np.log((min(steps), max(steps))), (left + 30, right - 10))
-
-    canvas = Image.new("RGB", (640, 400), "white")
-    draw = ImageDraw.Draw(canvas)
-    for value in np.linspace(low, high, round((high - low) * 20) + 1):
-        height = np.interp(value, (low, high), (bottom, top))
-        draw.line([left, height, right, height], fill=LIGHT_GREY)
-        draw.text((left - 8, height), f"{value:.2f}", fill="black", anchor="rm")
-    draw.line([left, top, left, bottom, right, bottom], fill="black")
-    draw.text((left, 12), "mean Dice", fill="black", anchor="mt")
-    draw.text(((left + right) / 2, 375), "DDIM steps", fill="black", anchor="mt")
-
-    draw.line(list(zip(x, y)), fill=BLUE, width=2)
-    for px, py, n, value in zip(x, y, steps, dice):
-        draw.ellipse([px - 4, py - 4, px + 4, py + 4], fill=BLUE)
-        draw.text((px, py - 8), f"{value:.3f}", fill="black", anchor="mb")
-        draw.text((px, bottom + 10), str(n), fill="black", anchor="mt")
-    return np.asarray(canvas)
 
 
 def plot_panels(panels):

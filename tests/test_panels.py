@@ -1,9 +1,9 @@
-"""Images for people: overlays, montages, contact sheets, tiles and plots."""
+"""Images for people: overlays, montages, grids, tiles and plots."""
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image, ImageColor
+from PIL import ImageColor
 
 from support import panels
 
@@ -31,25 +31,14 @@ def test_a_montage_shows_the_fullest_slices():
     assert panels.montage(images, 0 * ids).shape == sheet.shape
 
 
-def test_sheets_and_tiles_have_everything_in_its_place():
-    """A row of images stands above its masks; a tile keeps the aspect ratio; 1 becomes 255."""
-    image, ids = np.full((4, 4, 3), 9, np.uint8), np.full((4, 4), 2, np.uint8)
-    sheet = panels.contact_sheet([[(image, ids)] * 3, [(image, 0 * ids)]], k=3)
-    assert sheet[::4, ::4, 0].tolist() == [[9] * 3, [254] * 3, [9, 0, 0], [0, 0, 0]]
-    tile = np.asarray(panels.fit_tile(np.zeros((4, 8, 3), np.uint8), 8, Image.NEAREST))
+def test_grids_and_tiles_have_everything_in_its_place():
+    """A grid's last row ends in black; a tile keeps the aspect ratio; 1 becomes 255."""
+    sheet = panels.grid([np.full((4, 4, 3), i, np.uint8) for i in (1, 2, 3)], 2)
+    assert sheet[::4, ::4, 0].tolist() == [[1, 2], [3, 0]]
+    tile = np.asarray(panels.fit_tile(np.zeros((4, 8, 3), np.uint8), 8))
     assert tile[:, 0, 0].tolist() == [96, 96, 0, 0, 0, 0, 96, 96]
     x = torch.tensor([-2.0, -1.0, 0.2 / 255, 1.0, 3.0]).expand(2, 3, 1, 5)
     assert panels.to_uint8(x)[1, 0, :, 2].tolist() == [0, 0, 128, 255, 255]
-
-
-@pytest.mark.parametrize("scores", [(0.0, 0.0, 0.0), (1.0, 1.0, 1.0), (0.1, 0.9, 0.3)])
-def test_a_plot_has_room_for_every_curve(scores):
-    """Every point lies inside the image, on a blue dot that is higher for a higher Dice."""
-    image = panels.plot_curve((1, 10, 50), scores)
-    blue = (image == panels.BLUE).all(2)
-    height = [np.nonzero(blue[:, x])[0].mean() for x in (90, 600)]
-    assert image.shape == (400, 640, 3) and not blue[[0, -1]].any() and not blue[:, [0, -1]].any()
-    assert np.sign(height[0] - height[1]) == np.sign(scores[2] - scores[0])
 
 
 def test_curves_stay_in_their_panels():

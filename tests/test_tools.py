@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, disc_folder, save_tiny, tiny
+from conftest import disc_folder, save_tiny
 from PIL import Image
 
 import train
@@ -184,22 +184,6 @@ def test_the_peak_is_that_of_the_call():
     assert large - before > 40 and after - before < 20
 
 
-def test_the_training_step_is_that_of_train(monkeypatch):
-    """tau, the U-Net and their averages move; the frozen autoencoder stays."""
-    model, emas = tiny(), []
-    make_ema = train.make_ema
-    monkeypatch.setattr(benchmark, "SDSeg", lambda config: model)
-    monkeypatch.setattr(train, "make_ema", lambda m, **_: emas.append(make_ema(m)) or emas[-1])
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    batch = torch.rand(2, 3, 32, 32), torch.randint(2, (2, 32, 32)), None
-    step, _ = benchmark.training_step(TINY, train.RECIPES["nano"], batch, CPU, torch.float32)
-    step()
-    for moved in (model, emas[0][0]):
-        state = moved.state_dict().items()
-        names = {name.split(".")[0] for name, value in state if (value != before[name]).any()}
-        assert names == {"tau", "unet"}
-
-
 def test_diffusers_is_compared_with_networks_of_our_size(report):
     """The numbers of parameters are the same for SD v1, else within 6 %. Rows have ratios."""
     pytest.importorskip("diffusers", reason="diffusers is optional and not installed")
@@ -228,8 +212,8 @@ def test_training_as_on_a_small_gpu_tells_the_average_apart(report):
 def draw(tmp_path):
     """A function of flags: draw the figure of a tiny model -> uint8 (H, W, 3)."""
 
-    def run(*flags, **changes):
-        file, out = save_tiny(tmp_path / "tiny.safetensors", **changes), tmp_path / "docs/out.png"
+    def run(*flags):
+        file, out = save_tiny(tmp_path / "tiny.safetensors"), tmp_path / "docs/out.png"
         fixed = ["--model", file, "--device", "cpu", "--out", str(out)]
         figures.main(figures.parse_args([*fixed, *map(str, flags)]))
         return np.asarray(Image.open(out))
@@ -237,25 +221,13 @@ def draw(tmp_path):
     return run
 
 
-def test_the_figure_shows_the_image_and_its_mask(draw, tmp_path):
-    """The image, and its mask in the classes' colours; neither has to be given."""
-    ids = np.arange(3, dtype=np.uint8).repeat(16).reshape(1, 48).repeat(40, 0)
-    Image.fromarray(ids).save(tmp_path / "mask.png")
+def test_the_figure_shows_the_image(draw, tmp_path):
+    """One's own, or by default a drawn one; it is never written over the image."""
     Image.new("RGB", (48, 40), (1, 99, 7)).save(tmp_path / "image.png")
-    classes = ("background", "a", "b")
-    figure = draw(tmp_path / "image.png", "--mask", tmp_path / "mask.png", classes=classes)
-    colours = ((class_colours(3) + 1) * 127.5).round().byte().numpy()
-    for colour in ((1, 99, 7), *colours):
-        assert (figure == colour).all(-1).sum() > 1000
-    assert draw(tmp_path / "image.png", classes=classes).shape == draw().shape == figure.shape
-
-
-def test_figures_that_cannot_be_drawn_are_refused(draw):
-    """A mask alone, an input as output."""
-    with pytest.raises(UserError, match="without its image"):
-        draw("--mask", "mask.png")
-    with pytest.raises(UserError, match="image or its mask"):
-        draw("image.png", "--mask", "mask.png", "--out", "mask.png")
+    figure = draw(tmp_path / "image.png")
+    assert (figure == (1, 99, 7)).all(-1).sum() > 1000 and draw().shape == figure.shape
+    with pytest.raises(UserError, match="is the image"):
+        draw("image.png", "--out", "image.png")
 
 
 # ---- report ----

@@ -13,12 +13,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data import SegmentationData, find, square_crop
+from data import SegmentationData, square_crop
 from infer import predict
 from sdseg import SDSeg
 from support.cli import ArgumentParser, Progress, UserError, run_command
 from support.device import find_device
 from support.metrics import mean_dice, pixel_counts
+from tools.evaluate import find_as_trained
 
 THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 SMALLEST_AREAS = (0.0, 0.001, 0.002, 0.004, 0.008)  # shares of the image
@@ -31,11 +32,10 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--data", required=True, help="a data set as in train.py; its validation part is used")
     add("--root", default="data", help="where the data sets are")
-    add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
+    add("--split", choices=["random", "sequence"], help="(default: that of the training)")
     add("--model", required=True, metavar="FILE", help="the weights to calibrate")
-    add(
-        "--out", metavar="FILE", help="where to write (default: calibrated.safetensors beside them)"
-    )
+    add("--out", metavar="FILE",
+        help="where to write (default: calibrated.safetensors beside them)")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -72,7 +72,7 @@ def main(args):
     config = model.config
     if len(config.classes) > 2:
         raise UserError(f"{args.model}: has {len(config.classes)} classes; a threshold needs two")
-    data = SegmentationData(find(args.data, args.root, args.split), "val", config.image_size)
+    data = SegmentationData(find_as_trained(args, config), "val", config.image_size)
     free = list(crops_without_foreground(data))
     if not (free and data.has_foreground()):
         raise UserError(f"--data {args.data}: needs validation images with and without foreground")

@@ -2,8 +2,8 @@
 
 Prints the size and the class shares of each part, and all that is odd: files that cannot be read,
 masks that may lie elsewhere than their image, images in two parts, no foreground. The exit status
-is 1 if anything is odd. A contact sheet shows some cases of each part. With `--list test`, it
-prints the names of that part only.
+is 1 if anything is odd. A contact sheet shows some cases of each part under their masks, one part a
+row. With `--list test`, it prints the names of that part only.
 """
 
 from pathlib import Path
@@ -14,7 +14,7 @@ from data import find, load_case
 from support.cli import ArgumentParser, Progress, UserError, run_command
 from support.folders import PARTS, image_hashes
 from support.images import resize_image, resize_mask, write_image
-from support.panels import contact_sheet
+from support.panels import grid, overlay
 
 
 def parse_args(argv=None):
@@ -30,12 +30,12 @@ def parse_args(argv=None):
 
 
 def tile(image, ids, side=112):
-    """A case's image and mask, of a volume the middle slice with foreground, side x side."""
+    """A case's image under its mask, of a volume the middle slice with foreground, side x side."""
     if ids.ndim == 3:
         filled = np.flatnonzero(ids.any((1, 2)))
         z = filled[len(filled) // 2] if len(filled) else len(ids) // 2
         image, ids = image[z], ids[z]
-    return resize_image(image, side), resize_mask(ids, side)
+    return overlay(resize_image(image, side), resize_mask(ids, side))
 
 
 def describe(spec, part, problems):
@@ -98,7 +98,9 @@ def main(args):
         print(spec.not_read)
     print("\n".join([*problems, f"odd: {len(problems) or 'nothing'}"]))
     if any(rows):
-        write_image(args.out, contact_sheet([row for row in rows if row], len(spec.classes)))
+        blank = np.zeros((112, 112, 3), np.uint8)
+        sheet = [tile for row in rows if row for tile in row + [blank] * (8 - len(row))]
+        write_image(args.out, grid(sheet, 8))
         print(f"contact sheet: {args.out}")
     return 1 if problems else 0
 

@@ -22,15 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from data import (
-    SegmentationData,
-    TrainingBatches,
-    colour_jitter,
-    find,
-    random_affine,
-    symmetry,
-    symmetry_of,
-)
+from data import SegmentationData, TrainingBatches, find
 from sdseg import Losses, SDSeg, SDSegConfig, T, ddim_timesteps
 from support.cli import (
     ArgumentParser,
@@ -199,49 +191,25 @@ def loss_of(row, model, image, mask, t, noise):
     return loss
 
 
-# ---- the data, all of it on the device ----
-
-
-class DeviceData:
-    """Training images in their 8 symmetries and validation images, as uint8 on the device.
-
-    Augmented as in train.py, but without its crops.
-    """
-
-    def __init__(self, spec, size, device):
-        self.train = SegmentationData(spec, "train", size, "full")
-        val = SegmentationData(spec, "val", size)
-        items = (np.moveaxis(x, 0, 2) for x in (self.train.images, self.train.masks))
-        images, masks = items  # (S, S, N, 3), (S, S, N): `symmetry` turns the first two axes
-        turned = zip(*(symmetry(images, masks, i) for i in range(8)))
-        stacked = (np.concatenate([np.moveaxis(x, 2, 0) for x in xs]) for xs in turned)
-        self.images, self.masks = (torch.from_numpy(x).to(device) for x in stacked)
-        image = torch.from_numpy(np.array(val.images)).permute(0, 3, 1, 2).float() / 127.5 - 1
-        mask = torch.from_numpy(np.array(val.masks)).long()
-        pairs = zip(image.split(CHUNK), mask.split(CHUNK))
-        self.val = [(x.to(device), y.to(device)) for x, y in pairs]
-        self.groups = [case.group for case in val.cases]
-
-    def batch(self, batch_size, seed, step):
-        """The step's images (B, 3, S, S) and masks (B, S, S): those of train.py."""
-        self.train.seed = seed
-        batches, first = TrainingBatches(self.train, batch_size, seed), step * batch_size
-        samples = [batches.sample(first + i) for i in range(batch_size)]
-        draws = np.stack([self.train.draw(*sample) for sample in samples])
-        symmetries = [symmetry_of(draw) for draw in draws]
-        rows = [s * len(self.train) + i for s, (_, i) in zip(symmetries, samples)]
-        image = self.images[rows].permute(0, 3, 1, 2).float() / 127.5 - 1
-        draws = torch.from_numpy(draws).float().to(image.device)
-        image, mask = random_affine(image, self.masks[rows].long(), draws)
-        return colour_jitter(image, draws), mask
+# ---- the data ----
 
 
 @functools.cache
 def load_data(data, root, size, device):
+    """-> classes, training items, validation [(image, mask)] on the device and their groups.
+
+    Augmented as in train.py, but without its crops.
+    """
     spec = find(data, root)
     if spec.volumes or len(spec.classes) > 2:
         raise UserError(f"--data {data}: this command needs images and one class of foreground")
-    return spec, DeviceData(spec, size, device)
+    train_set = SegmentationData(spec, "train", size, "full")
+    train_set.crops = False
+    val_set, val = SegmentationData(spec, "val", size), []
+    for i in range(0, len(val_set), CHUNK):
+        batch = val_set.batch([(None, j) for j in range(len(val_set))[i : i + CHUNK]])
+        val.append((batch["image"].to(device), batch["mask"].to(device)))
+    return spec.classes, train_set, val, [case.group for case in val_set.cases]
 
 
 # ---- scores ----
@@ -326,11 +294,13 @@ def train_row(args, name, seed, deadline):
     """
     row, settings = ROWS[name], settings_of(args, name, seed)
     device, (_, checkpoint) = find_device(args.device), paths_of(args, name, seed)
-    spec, data = load_data(args.data, args.root, args.size, device)
+    classes, train_set, val, groups = load_data(args.data, args.root, args.size, device)
+    train_set.seed = seed
+    batches = TrainingBatches(train_set, args.batch_size, seed)
     torch.manual_seed(seed)
-    model = build(row, vae_file(args, row), args.size, spec.classes).to(device)
+    model = build(row, vae_file(args, row), args.size, classes).to(device)
     if row.network in ("SDSeg", "no z_t"):
-        model.config = replace(model.config, mask_scale=1 / latent_std(model, data.train))
+        model.config = replace(model.config, mask_scale=1 / latent_std(model, train_set))
     ema, averages = make_ema(model)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LR, fused=True)
@@ -344,7 +314,7 @@ def train_row(args, name, seed, deadline):
     began = saved = time.monotonic()
     for step in range(begin, args.steps):
         optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP)
-        image, mask = data.batch(args.batch_size, seed, step)
+        image, mask = (x.to(device) for x in batches[step][:2])
         generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
         t, noise = sample_t_and_noise(len(image), model.latent_shape, generator,
                                       row.terminal_fraction, step * len(image))  # fmt: skip
@@ -356,7 +326,7 @@ def train_row(args, name, seed, deadline):
         update_ema(averages, trained, step, EMA)
         done, late = step + 1, time.time() > deadline
         if done * VALIDATIONS // args.steps > step * VALIDATIONS // args.steps:
-            dice = score(ema, data.val, 1, 1, row.start)
+            dice = score(ema, val, 1, 1, row.start)
             curve.append({"samples": done * args.batch_size, "dice": dice})
         if late or time.monotonic() - saved > SAVE_EVERY:
             saved = time.monotonic()
@@ -366,7 +336,7 @@ def train_row(args, name, seed, deadline):
         if late:
             return None
     seconds += time.monotonic() - began
-    errors = z_0_errors(ema, data.val) if row.network in ("SDSeg", "no z_t") else None
+    errors = z_0_errors(ema, val) if row.network in ("SDSeg", "no z_t") else None
     return {
         "settings": settings,
         "device": device_name(device),
@@ -375,9 +345,9 @@ def train_row(args, name, seed, deadline):
         "samples": args.steps * args.batch_size,
         "seconds": round(seconds, 1),
         "jobs": args.jobs,
-        "groups": data.groups,
+        "groups": groups,
         "curve": curve,
-        "scores": {k: score(ema, data.val, *how) for k, how in measurements(row).items()},
+        "scores": {k: score(ema, val, *how) for k, how in measurements(row).items()},
         "z_0_errors": errors,
     }
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 
 from data import find, load_case, print_remarks
 from infer import segment_images
@@ -27,7 +27,7 @@ from support.cli import ArgumentParser, Progress, UserError, atomic_write, posit
 from support.device import device_name, find_device
 from support.folders import PARTS, file_hash, image_hashes, natural_sort_key
 from support.images import write_image
-from support.panels import fit_tile, grid, overlay, plot_curve
+from support.panels import fit_tile, grid, overlay, plot_lines
 from support.volumes import PLANES, spacing_in_space
 from tools import stability
 
@@ -75,6 +75,21 @@ def parse_args(argv=None):
 
 
 # ---- cases ----
+
+
+def find_as_trained(args, config):
+    """The data set `args.data`, split and sliced as for the model's training, unless `args.split`
+    says otherwise -> DatasetSpec. Raises UserError if its classes are not the model's.
+    """
+    if args.split is None:
+        args.split = config.split if "cvc" in args.data.split("+") else "random"
+    spec = replace(find(args.data, args.root, args.split), window=config.window,
+                   plane=config.plane, context=config.context)  # fmt: skip
+    classes = spec.classes
+    if len(classes) != len(config.classes) or (len(classes) > 2 and classes != config.classes):
+        ours, theirs = ", ".join(config.classes), ", ".join(classes)
+        raise UserError(f"{args.model}: segments {ours}; {spec.name} has {theirs}")
+    return spec
 
 
 def cases_to_score(args, config, spec):
@@ -258,8 +273,7 @@ def gallery(model, spec, cases, dice, args):
         ids = model.class_ids(prob).numpy()
         if spec.volumes:
             image = image[..., [1, 1, 1]]  # without the neighbours
-        row = [image, overlay(image, truth), overlay(image, ids)]
-        row = [fit_tile(x, TILE, Image.Resampling.BICUBIC) for x in row]
+        row = [fit_tile(x, TILE) for x in (image, overlay(image, truth), overlay(image, ids))]
         name = cases[number].name.encode("ascii", "replace").decode()[-30:]
         ImageDraw.Draw(row[0]).text((4, 4), f"Dice {text(dice[number])}  {name}")
         tiles += map(np.asarray, row)
@@ -342,14 +356,8 @@ def main(args, model=None):
     device = find_device(args.device)
     model = model or SDSeg.load(args.model, device, args.precision)
     config = model.config
-    if args.split is None:  # that of the training, so that few cases are left out
-        args.split = config.split if "cvc" in args.data.split("+") else "random"
-    spec = replace(find(args.data, args.root, args.split), window=config.window,
-                   plane=config.plane, context=config.context)  # fmt: skip
+    spec = find_as_trained(args, config)
     classes = spec.classes
-    if len(classes) != len(config.classes) or (len(classes) > 2 and classes != config.classes):
-        ours, theirs = ", ".join(config.classes), ", ".join(classes)
-        raise UserError(f"{args.model}: segments {ours}; {spec.name} has {theirs}")
     cases = cases_to_score(args, config, spec)
     groups = np.array([case.group for case in cases])
     other = read_against(args.against) if args.against else {}
@@ -407,8 +415,10 @@ def main(args, model=None):
             dice, iou = (stability.mean_std(columns[name]) for name in ("dice", "iou"))
             rows.append((steps, *dice.values(), *iou.values()))
         summary["curve"] = [dict(zip(header, row)) for row in rows]
-        write_csv(out / "curve.csv", header, rows)
-        write_image(out / "curve.png", plot_curve(CURVE, [row[1] for row in rows]))
+        x, y = np.log10(CURVE), [row[1] for row in rows]
+        ticks = dict(zip(map(str, CURVE), x))
+        plot = plot_lines("mean Dice by DDIM steps", {"Dice": (x, y)}, ticks, (min(y), max(y)))
+        write_image(out / "curve.png", plot)
         table(header, *rows)
     with atomic_write(out / "summary.json") as path:
         path.write_text(json.dumps(summary, indent=1, allow_nan=False))

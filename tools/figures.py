@@ -1,4 +1,4 @@
-"""Draw the method: `python -m tools.figures [image.png --mask mask.png] --out method.png`.
+"""Draw the method: `python -m tools.figures [image.png] --out method.png`.
 
 Above, training (Figure 1 of the paper): the latents of the image and of its mask, the mask latent
 with noise at several t, and what one network call makes of each. Below, inference (Figure 2): the
@@ -7,19 +7,16 @@ have false colours: three of the four channels, grey at 0, full colour at 2.5.
 """
 
 import os
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from data import load_case
 from sdseg import SDSeg, T, ddim_timesteps
 from support.cli import ArgumentParser, UserError, run_command, seed_int
 from support.demo_data import draw_demo
 from support.device import find_device
-from support.folders import Case, DatasetSpec, find_label_format
-from support.images import read_image, resize_image, resize_mask, write_image
+from support.images import read_image, resize_image, write_image
 from support.metrics import dice
 from support.panels import GREY, overlay, to_uint8
 from support.weights import DEFAULT_WEIGHTS
@@ -32,28 +29,12 @@ WIDTH, MARGIN, GAP = 960, 12, 6  # pixels
 def parse_args(argv=None):
     parser = ArgumentParser("Draw how a model goes from noise to a mask, as one PNG.")
     add = parser.add_argument
-    add("image", nargs="?", help="the image (default: one of the demo data set)")
-    add("--mask", metavar="FILE", help="its true mask (default: what the model predicts)")
+    add("image", nargs="?", help="the image; its mask is the model's (default: a drawn image)")
     add("--model", metavar="FILE", help="weights (default: weights/nano.safetensors, which ships)")
     add("--out", default="outputs/method.png", metavar="FILE", help="the PNG to write")
     add("--seed", type=seed_int, default=0, help="of the noise, and of the demo image")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
     return parser.parse_args(argv)
-
-
-def load_pair(args, size, classes):
-    """-> image uint8 (size, size, 3), class ids uint8 (size, size) or None. Raises UserError."""
-    if args.image is None:
-        if args.mask:
-            raise UserError(f"{args.mask}: a mask without its image; give the image too")
-        return draw_demo(args.seed, size)
-    if args.mask is None:
-        return resize_image(read_image(args.image), size), None
-    case = Case("", Path(args.image), Path(args.mask))
-    label_format, _, palette = find_label_format([case], classes)
-    spec = DatasetSpec("", {}, classes, label_format, palette=palette)
-    image, ids = load_case(case, spec)
-    return resize_image(image, size), resize_mask(ids, size)
 
 
 # ---- how it is drawn: strips of the whole width, one below another ----
@@ -129,10 +110,14 @@ def draw_method(model, image, ids, seed):
 
 
 def main(args):
-    if os.path.realpath(args.out) in [os.path.realpath(p) for p in (args.image, args.mask) if p]:
-        raise UserError(f"{args.out}: is the image or its mask; choose another --out")
+    if args.image and os.path.realpath(args.out) == os.path.realpath(args.image):
+        raise UserError(f"{args.out}: is the image; choose another --out")
     model = SDSeg.load(args.model or DEFAULT_WEIGHTS, find_device(args.device))
-    image, ids = load_pair(args, model.config.image_size, model.config.classes)
+    size = model.config.image_size
+    if args.image:
+        image, ids = resize_image(read_image(args.image), size), None
+    else:
+        image, ids = draw_demo(args.seed, size)
     write_image(args.out, draw_method(model, image, ids, args.seed))
     print(f"{args.out}: written")
 
