@@ -24,7 +24,9 @@ NAMES = {  # how our names begin: how CompVis names begin
 }
 PUBLISHED_NAMES = {"unet.": UNET, "vae.": VAE, "tau.": TAU}  # a trained run has its own tau
 BARE_VAE = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.")  # the names in kl-f8
-KINDS = {  # what it is: a tensor that only it has, its preset, the input channels of its U-Net
+# What a source is: a tensor that it has, its preset, the input channels of its U-Net. The first
+# match counts, because a published run also has LDM's tensors.
+KINDS = {
     "a run of the published SDSeg": (TAU + "out.weight", "ldm-kl-8", 8),
     "Stable Diffusion v1": (UNET + "input_blocks.1.1.proj_in.weight", "sd-v1", 4),
     "LDM lsun_churches": (UNET + "input_blocks.1.1.qkv.weight", "ldm-kl-8", 4),
@@ -69,7 +71,10 @@ def read_source(path):
 
 
 def read_sources(paths):
-    """All sources together. The file of an autoencoder comes before the one with the U-Net."""
+    """All sources together. The file of an autoencoder comes before the one with the U-Net.
+
+    What comes twice gets a name that is none of ours, so `report` counts it as ignored.
+    """
     tensors = {}
     for source in sorted(map(read_source, paths), key=lambda source: CONV_IN in source):
         tensors |= {f"given twice.{k}" if k in tensors else k: v for k, v in source.items()}
@@ -148,7 +153,7 @@ def convert(tensors, config):
                 value = widen_conv_in(value, config.unet.in_channels)
             if ours == "tau.out." and value.dim() > 0:
                 value = value[: config.vae.z_channels]
-            if value.untyped_storage().data_ptr() in memories:  # tau's, and a file shares none
+            if value.untyped_storage().data_ptr() in memories:  # of E and tau: a file shares none
                 value = value.clone()
             memories.add(value.untyped_storage().data_ptr())
             weights[ours + name.removeprefix(public)] = value

@@ -1,9 +1,8 @@
 """The data sets: where their files are, how they are split, items, augmentation, batches.
 
 Every data set yields the same: image float32 (3, S, S) in [-1, 1], mask int64 (S, S) of class ids,
-name. Volumes are split by volume and cut into slices of one plane. Reading files that may be
-damaged, and what the masks of a user's own folder mean, is in `support/`; nothing here knows the
-model.
+name. Volumes are split by volume and cut into slices of one plane. `support/` reads damaged files
+and interprets the masks of a user's own folder. Nothing here knows the model.
 
 Letters: H W the size of a file, Z slices, S the side that the model sees, B batch.
 """
@@ -40,7 +39,7 @@ VIDEOS = (1, 26, 51, 68, 79, 104, 127, 152, 178, 200, 206, 228, 253, 278, 298, 3
           384, 409, 429, 448, 467, 479, 504, 529, 547, 572, 592)  # fmt: skip
 
 
-# ---- the data sets of the paper, in the folder `root`; only CVC heeds --split ----
+# ---- the data sets of the paper, in the folder `root`; only `find_cvc` uses `split` ----
 
 
 def find_cvc(root, split):
@@ -125,7 +124,11 @@ FINDERS = {
 
 
 def find(data, root="data", split="random"):
-    """A data set's name, several joined by "+", or a folder -> DatasetSpec. Raises UserError."""
+    """A data set's name, several joined by "+", or a folder -> DatasetSpec. Raises UserError.
+
+    Named data sets are in the folder `root`. `split`: "random" is the published test list, the
+    rest by a hash; "sequence" keeps each video of cvc in one part.
+    """
     names, is_folder = data.split("+"), Path(data).is_dir()
     known = all(name in FINDERS for name in names)
     if not known and not is_folder:
@@ -135,7 +138,7 @@ def find(data, root="data", split="random"):
     if not known:
         return with_plane(folders.find_own(Path(data)))
     if is_folder and rank_and_world_size()[0] == 0:
-        print(f"--data {data}: the data set of that name; write ./{data} for the folder",
+        print(f"--data {data}: reads the data set {data}, not the folder; for that write ./{data}",
               file=sys.stderr)  # fmt: skip
     specs = [FINDERS[name](Path(root), split) for name in names]
     return with_plane(specs[0] if len(specs) == 1 else join(data, specs))
@@ -170,7 +173,7 @@ def number_of(case):
 
 def split_by_list(cases, test, n_val, n_total):
     """`test` as published. The others are ordered by a hash of their names, so a case that comes
-    or goes moves no other; n_val of every n_total of them are for validation.
+    or goes moves at most one other; n_val of every n_total of them are for validation.
     """
     rest = sorted(set(cases) - set(test), key=lambda case: folders.text_hash(case.name))
     n = max(1, len(rest) * n_val // n_total)
@@ -312,7 +315,8 @@ def random_crop(image, mask, draw):
     """Three of ten images become a square crop, and two of the three crops avoid the foreground.
 
     Most medical data sets hold no image without a lesion, so a network learns to mark something
-    everywhere. The other crops lie anywhere: a blurred image may hold a lesion too.
+    everywhere. Enlarged crops are blurred, and one of three lies anywhere, so that the network
+    does not learn that a blurred image holds nothing.
     """
     if draw[13] > 0.3:
         return image, mask
@@ -352,7 +356,9 @@ def symmetry(image, mask, i):
 
 
 def random_affine(image, mask, draw):
-    """Rotation, scale, shear and shift of image (B, 3, S, S), mask (B, S, S); draw (B, 16)."""
+    """Rotation by at most 0.5 rad, scale 1 / 1.35 to 1.35, shear to 0.15, shift to a tenth of the
+    side, of image (B, 3, S, S) and mask (B, S, S); draw (B, 16). Outside, the image is mirrored.
+    """
     signed = 2 * draw - 1  # (B, 16) in [-1, 1)
     angle, scale = 0.5 * signed[:, 2], 1.35 ** signed[:, 3]
     matrix = draw.new_zeros(len(draw), 2, 3)  # on the device of the draws
@@ -384,7 +390,8 @@ def colour_jitter(image, draw, grey=False):
 
 
 class TrainingBatches(torch.utils.data.Dataset):
-    """[step] -> image, mask, symmetry_ids: this process's share of the step's batch.
+    """[step] -> image (b, 3, S, S), mask (b, S, S), symmetry_ids: this process's share of a batch,
+    b = batch_size / world_size.
 
     Each epoch is a new permutation; an incomplete last batch is filled from the next epoch. The
     batch depends on (seed, step) alone, so a resumed run goes on with the same items.

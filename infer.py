@@ -156,7 +156,7 @@ def segment_files(model, jobs, args, pool):
             writing.result()
             written.append((source, ids))
         except OSError as error:  # a name that is too long for the folder, say
-            print_line(f"infer.py: {source}: not written: {error.strerror}", sys.stderr)
+            print_line(f"infer.py: {source}: not written: {error.strerror or error}", sys.stderr)
     seconds = (time.monotonic() - start) / max(len(files), 1)
     for source, ids in written:
         report(source, ids, classes, seconds)
@@ -178,7 +178,7 @@ def main(args):
     rank, world_size, local_rank = rank_and_world_size()
     jobs = plan_outputs(args.paths, args.out)[rank::world_size]
     gpu = f"cuda:{local_rank}" if torch.cuda.is_available() else None
-    device = find_device(args.device or gpu)
+    device = find_device(gpu if args.device in (None, "cuda") else args.device)
     model = SDSeg.load(args.model or DEFAULT_WEIGHTS, device, args.precision)
 
     # 2. Segment: images in batches, each volume by itself

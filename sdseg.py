@@ -117,6 +117,8 @@ class Losses(NamedTuple):
 
 
 class SDSeg(nn.Module):
+    """vae (frozen), tau and unet. `forward` is for training, `segment` for inference."""
+
     def __init__(self, config):
         super().__init__()
         self.config = config
@@ -139,12 +141,15 @@ class SDSeg(nn.Module):
         return self.alphas_cumprod[t].view(-1, 1, 1, 1)
 
     def q_sample(self, z_0, t, noise):
-        """Eq. 1: z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) n."""
-        a = self.alpha_bar(t)
-        return a.sqrt() * z_0 + (1 - a).sqrt() * noise
+        """Eq. 1: z_t = sqrt(alpha_bar) z_0 + sqrt(1 - alpha_bar) n, all (B, 4, h, w); t (B,)."""
+        alpha_bar = self.alpha_bar(t)
+        return alpha_bar.sqrt() * z_0 + (1 - alpha_bar).sqrt() * noise
 
     def predict(self, z_t, t, z_c):
-        """One call of the U-Net -> its output (B, 4, h, w)."""
+        """One call of the U-Net: z_t, z_c (B, 4, h, w), t (B,) in 0 .. T - 1 -> (B, 4, h, w).
+
+        The output stands for the noise, z_0 or v, as `config.prediction` says.
+        """
         if self.config.fusion == "cross":
             return self.unet(z_t, t, z_c.flatten(2).transpose(1, 2))
         return self.unet(torch.cat([z_t, z_c], dim=1), t)
@@ -155,20 +160,20 @@ class SDSeg(nn.Module):
         With "eps" an error of the output is multiplied by sqrt((1 - alpha_bar) / alpha_bar): at
         t = T - 1 that is 14.6 in the schedule of sd-v1 and 38.7 in that of ldm-kl-8.
         """
-        a, z_t, out = self.alpha_bar(t), z_t.float(), out.float()
+        alpha_bar, z_t, out = self.alpha_bar(t), z_t.float(), out.float()
         if self.config.prediction == "x0":
             return out
         if self.config.prediction == "v":
-            return a.sqrt() * z_t - (1 - a).sqrt() * out
-        return (z_t - (1 - a).sqrt() * out) / a.sqrt()
+            return alpha_bar.sqrt() * z_t - (1 - alpha_bar).sqrt() * out
+        return (z_t - (1 - alpha_bar).sqrt() * out) / alpha_bar.sqrt()
 
     def predict_noise(self, z_t, t, out):
         """The estimate of the noise that the network's output stands for, in float32."""
-        a, z_t, out = self.alpha_bar(t), z_t.float(), out.float()
+        alpha_bar, z_t, out = self.alpha_bar(t), z_t.float(), out.float()
         if self.config.prediction == "x0":
-            return (z_t - a.sqrt() * out) / (1 - a).sqrt()
+            return (z_t - alpha_bar.sqrt() * out) / (1 - alpha_bar).sqrt()
         if self.config.prediction == "v":
-            return (1 - a).sqrt() * z_t + a.sqrt() * out
+            return (1 - alpha_bar).sqrt() * z_t + alpha_bar.sqrt() * out
         return out
 
     def forward(self, image, z_0, t, noise):
@@ -188,11 +193,11 @@ class SDSeg(nn.Module):
 
     def ddim_step(self, z_t, t, out, alpha_bar_next):
         """The deterministic DDIM update (eta = 0) from step t to the level `alpha_bar_next`."""
-        z_0, eps = self.predict_z0(z_t, t, out), self.predict_noise(z_t, t, out)
-        return alpha_bar_next**0.5 * z_0 + (1 - alpha_bar_next) ** 0.5 * eps
+        z_0_estimate, noise_estimate = self.predict_z0(z_t, t, out), self.predict_noise(z_t, t, out)
+        return alpha_bar_next**0.5 * z_0_estimate + (1 - alpha_bar_next) ** 0.5 * noise_estimate
 
     def ddim_sample(self, z_t, z_c, timesteps):
-        """DDIM from pure noise z_t over descending `timesteps` -> z_0.
+        """DDIM from pure noise z_t over descending `timesteps`, ints -> z_0 (B, 4, h, w) float32.
 
         With the one step T - 1 this is Eq. 2: the single-step reverse process.
         """
@@ -207,7 +212,7 @@ class SDSeg(nn.Module):
         """Yield the probabilities of `samples` runs, each from its own noise; see `segment`.
 
         All images of a batch start from the same noise, drawn on the CPU. So a mask does not
-        depend on the other images of its batch, nor the noise on the device.
+        depend on the other images of its batch, and the noise does not depend on the device.
         """
         z_c = self.encode_image(image)
         for _ in range(samples):
@@ -219,7 +224,8 @@ class SDSeg(nn.Module):
         """image (B, 3, H, W) in [-1, 1] -> probabilities in [0, 1], the mean of `samples` runs.
 
         Two classes: (B, 1, H, W), of the foreground. K > 2 classes: (B, K, H, W). `steps` is the
-        number of network calls of each run; `generator` is a CPU generator.
+        number of network calls of each run, UserError unless 1 <= steps <= T; `generator` is a CPU
+        generator. H and W are best those of training: config.image_size.
         """
         return sum(self.sample(image, steps, samples, generator)) / samples
 
@@ -299,8 +305,8 @@ class SDSeg(nn.Module):
         return model.eval().for_inference(device, precision)
 
     def for_inference(self, device, precision="fp32"):
-        """Move to a device and a precision. What would change masks stays float32: the last layers
-        of the U-Net, see Eq. 2, and of tau the first, which sees the image, and the last.
+        """Change device and precision in place -> the model. Layers that would change masks stay in
+        float32: the last of the U-Net, see Eq. 2, and the first and the last of tau.
         """
         keep = (self.unet.out, self.tau.encoder.conv_in, self.tau.out)
         return place_for_inference(self, device, precision, keep)
@@ -332,9 +338,11 @@ def from_pretrained(path, vae_only=False, **changes):
     """A model to train: the weights at `path`, its config with `changes`. Raises UserError.
 
     With `vae_only`, or if the file holds only an autoencoder, the U-Net is random and tau is
-    copied from E. If `fusion` changes, the layers that still fit keep their weights.
+    copied from E. If `fusion` changes, the layers that still fit keep their weights. A calibrated
+    threshold and smallest area are dropped, because they belong to the old weights.
     """
     old, tensors = read_weights(path, SDSegConfig)
+    changes = dict(threshold=0.5, smallest_area=0.0) | changes
     config, z = replace(old, **changes), old.vae.z_channels
     if config.fusion != old.fusion:
         inputs, tokens = (z, z) if config.fusion == "cross" else (2 * z, None)

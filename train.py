@@ -3,9 +3,10 @@
 tau and the U-Net train; the autoencoder stays frozen. A run's folder holds `model.safetensors`
 (best validation Dice, averaged weights, complete), `resume.pt`, `log.csv`, `curves.png`,
 `samples/STEP.png` and `config.json`. Everything random is a function of (seed, step). So a resumed
-run repeats an uninterrupted one, and two processes with half a batch each take the step of one.
+run repeats an uninterrupted one, and two processes with half a batch each take the step of one
+process.
 Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`.
-`main` tells the story in six phases: what a step draws and loses stands above it, the rest below.
+`main` has six phases. The noise and the loss of a step stand above it, the helpers below it.
 """
 
 import contextlib
@@ -51,6 +52,8 @@ RECIPES = {  # what the flags leave open, by the preset of the initial weights
     "nano": dict(steps=5000, batch_size=16, lr=5e-4, warmup=200, decay=True, eval_every=250,
                  ema=0.998, terminal_fraction=0.875, mask_weight=1.0, augment="full"),
 }  # fmt: skip
+LOG_EVERY = 25  # steps between two lines of the log; its latent_t900 is L_latent at t >= 900
+LOG_COLUMNS = ("step", *run_state.LossMeter.names, "lr", "images_per_s", "skipped", "val_dice")
 
 
 def sample_t_and_noise(n, latent_shape, generator=None, terminal_fraction=0.0, first=0):
@@ -69,7 +72,8 @@ def sample_t_and_noise(n, latent_shape, generator=None, terminal_fraction=0.0, f
 def decoded_mask_loss(model, z_0_estimate, mask, t):
     """Beyond the paper: the loss on the decoded mask of the samples at t = T - 1.
 
-    z_0_estimate (B, 4, h, w), mask (B, H, W), t (B,) on the CPU -> a mean over all B samples.
+    z_0_estimate (B, 4, h, w), mask (B, H, W), t (B,) on the CPU -> the mean over all B samples;
+    those with t < T - 1 count as zero.
     """
     at_end = (t == T - 1).nonzero()[:, 0].to(mask.device, non_blocking=True)
     if len(at_end) == 0:
@@ -83,10 +87,10 @@ def cross_entropy_and_dice(logits, mask):
     p = logits.softmax(1)[:, 1:]
     y = F.one_hot(mask, logits.shape[1]).permute(0, 3, 1, 2)[:, 1:].to(p.dtype)
     overlap, truth = (p * y).sum((2, 3)), y.sum((2, 3))
-    # Where the truth is empty, 1 % of the image counts as found. So the term falls steadily to
-    # zero as the marks vanish; with 1 pixel it would be near 1 until the last of them.
-    found = torch.where(truth > 0, 1.0, 0.01 * mask[0].numel())
-    dice = (2 * overlap + found) / (p.sum((2, 3)) + truth + found)
+    # Where the truth is empty, the smoothing term is 1 % of the pixels. So 1 - Dice falls gradually
+    # as false marks shrink; with 1 pixel it would stay near 1 until almost no mark is left.
+    smooth = torch.where(truth > 0, 1.0, 0.01 * mask[0].numel())
+    dice = (2 * overlap + smooth) / (p.sum((2, 3)) + truth + smooth)
     return F.cross_entropy(logits, mask) + 1 - dice.mean()
 
 
@@ -127,12 +131,14 @@ def main(args):
 
     # 3. Optimiser, moving average, gradient scaler: float16 needs a scale; at a scale of 1 the
     #    scaler only skips steps with gradients that are not finite
-    if args.compile:  # with CUDA graphs, unless a step has parts or GPUs exchange gradients
-        plain = world_size == args.accumulate == 1
-        compile_networks(model, mode="reduce-overhead" if plain else "default")
     recipe = recipe_of(model.config)
     trained = [p for p in model.parameters() if p.requires_grad]
     small = is_too_small(device, trained)  # then the average is in host memory, see `update_ema`
+    if args.compile and small:
+        print0("--compile is ignored: this GPU is too small for it")
+    elif args.compile:  # with CUDA graphs, unless a step has parts or GPUs exchange gradients
+        plain = world_size == args.accumulate == 1
+        compile_networks(model, mode="reduce-overhead" if plain else "default")
     ema, averages = make_ema(model, on_host=small)
     ema_every = average_every(recipe["ema"]) if small else 1
     if small:
@@ -166,14 +172,16 @@ def main(args):
         t, noise = (x[batches.share] for x in (t, noise))
         image, mask, noise = (x.to(device, non_blocking=True) for x in (image, mask, noise))
         losses, latent_losses = 0, []
-        for part in split(len(t), args.accumulate):  # the parts' gradients add up
-            last = part.stop == len(t)  # only then do processes exchange gradients
+        width = -(-len(t) // args.accumulate)  # of the parts; their gradients add up
+        for begin in range(0, len(t), width):
+            part = slice(begin, begin + width)
+            last = begin + width >= len(t)  # only then do processes exchange gradients
             with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
                 with autocast():
                     z_0 = latents(mask[part], symmetries and symmetries[part])
                     values, latent_loss = weighted_loss(model, net, image[part], mask[part], z_0,
                                                         t[part], noise[part], args)  # fmt: skip
-                values = values * ((part.stop - part.start) / len(t))
+                values = values * (len(t[part]) / len(t))
                 scaler.scale(values[0]).backward()
             losses += values.detach()
             latent_losses.append(latent_loss)
@@ -192,7 +200,7 @@ def main(args):
         # 6. Log, validate, save
         stopping = bool(stop)
         if seconds := timer.step():
-            print0(first_estimate(seconds * (args.steps - done), size, device))
+            print0(run_state.first_estimate(seconds * (args.steps - done), size, device))
         if rank == 0 and (done % LOG_EVERY == 0 or done == args.steps or stopping):
             log_losses(log, meter, done, lr, (time.monotonic() - began) / (done - start), args)
         if rank == 0 and due:
@@ -222,12 +230,6 @@ def learning_rate(step, args, decay):
     """A linear warm-up; with `decay` also a linear fall to zero at the last step."""
     warm = min(1.0, (step + 1) / max(args.warmup, 1))
     return args.lr * warm * (1 - step / args.steps if decay else 1)
-
-
-def split(n, parts):
-    """range(n) in equal parts, as slices; the last may be shorter."""
-    size = -(-n // parts)
-    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 
 def make_ema(model, on_host=False):
@@ -308,6 +310,9 @@ def sample_strip(model, data, n=6):
 def resolve_defaults(args, world_size, device):
     """Fill in what the user left open -> the initial weights, and why these."""
     if args.resume:
+        if args.batch_size % world_size:
+            raise UserError(f"{args.resume}: its batches of {args.batch_size} images cannot be "
+                            f"shared equally by {world_size} processes")  # fmt: skip
         best = Path(args.out) / "model.safetensors"  # not there before the first validation
         return best if best.exists() else args.init, "as --resume says"
     why = "as --init says"
@@ -323,8 +328,9 @@ def resolve_defaults(args, world_size, device):
     if args.batch_size % world_size:
         raise UserError(f"--batch-size {args.batch_size}: not a multiple of {world_size} processes")
     if args.accumulate is None:  # a CPU's memory is short: 4 images of 256 px at a time
-        pixels = args.batch_size // world_size * (args.size or config.image_size) ** 2
-        args.accumulate = -(-pixels // 2**18) if device.type == "cpu" else 1
+        at_once = max(1, 2**18 // (args.size or config.image_size) ** 2)
+        on_cpu = device.type == "cpu"
+        args.accumulate = -(-args.batch_size // world_size // at_once) if on_cpu else 1
     for name in recipe.keys() & vars(args).keys():
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
@@ -346,7 +352,6 @@ def make_model(args, spec, init):
                  context=args.context)  # fmt: skip
     asked = {name: value for name, value in asked.items() if value}
     asked |= dict(classes=spec.classes, window=spec.window, plane=spec.plane)
-    asked |= dict(threshold=0.5, smallest_area=0.0)  # those of other weights mean nothing here
     model = from_pretrained(init, **asked)
     config, val = model.config, image_hashes(spec.splits["val"])
     seen = len(set(config.trained_on) & set(val))
@@ -401,21 +406,6 @@ def curves(log):
             for title, names in panels.items()]  # fmt: skip
 
 
-LOG_EVERY = 25  # steps between two lines of the log; its latent_t900 is L_latent at t >= 900
-LOG_COLUMNS = ("step", *run_state.LossMeter.names, "lr", "images_per_s", "skipped", "val_dice")
-
-
-def first_estimate(seconds, size, device):
-    """-> one line: how long the run takes, and on a CPU what fewer pixels would take."""
-    where = "CPU" if device.type == "cpu" else "GPU"
-    text = f"the run will take about {format_duration(seconds)} on this {where}"
-    if device.type != "cpu" or seconds < 3600:
-        return text
-    smaller = [side for side in (size // 2, size // 4) if side >= 64]
-    times = [f"--size {s}: about {format_duration(seconds * (s / size) ** 2)}" for s in smaller]
-    return "; ".join([text, *times])
-
-
 def log_losses(log, meter, done, lr, seconds_a_step, args):
     """One printed line, and the same numbers in log.csv."""
     means, skipped = meter.read()
@@ -454,14 +444,17 @@ def parse_args(argv=None):
     add("--batch-size", type=positive_int, help=f"images, all GPUs {default['batch_size']}")
     add("--lr", type=amount, help=f"peak learning rate of AdamW {default['lr']}")
     add("--warmup", type=bounded(int, 0), help=f"steps of warm-up {default['warmup']}")
-    add("--eval-every", type=positive_int, help=f"steps between two {default['eval_every']}")
+    add("--eval-every", type=positive_int,
+        help=f"steps between two validations {default['eval_every']}")  # fmt: skip
 
     add = parser.add_argument_group("method").add_argument
     add("--prediction", choices=["eps", "x0", "v"], help="of the U-Net (default: the weights')")
-    add("--fusion", choices=["concat", "cross"], help="of z_c (default: that of the weights)")
+    add("--fusion", choices=["concat", "cross"],
+        help="z_c as channels or by cross-attention (default: that of the weights)")  # fmt: skip
     add("--freeze-encoder", action="store_true", help="do not train tau")
     add("--latent-weight", type=amount, default=1.0, help="lambda of Eq. 3")
-    add("--mask-weight", type=amount, help=f"of the decoded mask's loss {default['mask_weight']}")
+    add("--mask-weight", type=amount,
+        help=f"of the loss on the decoded mask {default['mask_weight']}")  # fmt: skip
     add("--terminal-fraction", type=fraction,
         help=f"of the samples at t = T - 1 {default['terminal_fraction']}")  # fmt: skip
 

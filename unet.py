@@ -249,6 +249,7 @@ class UNet(nn.Module):
     def forward(self, x, t, context=None):
         """x (B, in_channels, h, w), t (B,) int64, context (B, n, context_dim) -> (B, 4, h, w).
 
+        h and w are multiples of 2 ** (levels - 1): 8 for Stable Diffusion's four levels.
         Without a context every cross-attention contributes nothing. The last normalisation and
         convolution run in float32, because Eq. 2 multiplies their rounding by up to 38.7.
         """

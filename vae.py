@@ -132,7 +132,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x):                                          # (B, 3, 256, 256)
-        # contiguous: all layers after it would keep the strides of an image from a file
+        # Without contiguous(), all layers after it would keep the strides of an image from a file
         x = x.to(self.conv_in.weight.dtype).contiguous()
         h = self.conv_in(x)                                        # (B, 128, 256, 256)
         if self.conv_in.weight.dtype != self.conv_out.weight.dtype:  # tau keeps conv_in in float32

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Measure speed and memory on one GPU in at most 10 minutes: bash docs/speed.sh FOLDER [STEP ..]
+# Measure speed and memory on one GPU in about 10 minutes: bash docs/speed.sh FOLDER [STEP ..]
 # The steps run in this order, each with a time limit, and leave FOLDER/STEP.txt. The most important
 # come first, so the script may be cut short. PRESET and OTHER name other presets, for a rehearsal.
 set -u

@@ -4,6 +4,7 @@ import contextlib
 import os
 import platform
 import warnings
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -84,7 +85,9 @@ def init_distributed():
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # The others wait while rank 0 validates, which may take hours
+        backend, timeout = "nccl" if device.type == "cuda" else "gloo", timedelta(weeks=4)
+        dist.init_process_group(backend, timeout=timeout)
         # DDP warns about strides of 1 x 1 convolutions, where a side of 1 may have any stride.
         warnings.filterwarnings("ignore", "Grad strides do not match")
     return rank, world_size, device

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from support.cli import UserError, atomic_write, one_line, rank_and_world_size
+from support.cli import UserError, atomic_write, format_duration, one_line, rank_and_world_size
 from support.device import synchronize
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
@@ -168,6 +168,17 @@ class FirstSteps:
         synchronize(self.device)
         self.told = True
         return (time.monotonic() - self.began) / self.steps
+
+
+def first_estimate(seconds, size, device):
+    """-> one line: how long the run takes, and on a CPU what fewer pixels would take."""
+    where = "CPU" if device.type == "cpu" else "GPU"
+    text = f"the run will take about {format_duration(seconds)} on this {where}"
+    if device.type != "cpu" or seconds < 3600:
+        return text
+    smaller = [side for side in (size // 2, size // 4) if side >= 64]
+    times = [f"--size {s}: about {format_duration(seconds * (s / size) ** 2)}" for s in smaller]
+    return "; ".join([text, *times])
 
 
 # ---- signals ----

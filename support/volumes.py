@@ -42,10 +42,6 @@ class Geometry(NamedTuple):
     orientation: np.ndarray  # (3, 2), nibabel's form: from the file's axes to RAS
 
     @property
-    def spacing(self):
-        return tuple(map(float, self.header.get_zooms()[:3]))
-
-    @property
     def ras_affine(self):
         """(4, 4): voxel indices of the turned array to millimetres."""
         return self.affine @ inv_ornt_aff(self.orientation, (*self.shape, 1)[:3])
@@ -114,9 +110,7 @@ def read_volume(path, labels=False):
     shape, orientation = image.shape, orientation_of(image.affine)
     geometry = Geometry(image.header, image.affine, shape, orientation)
     del image  # and with it the file's bytes
-    checked = images.finite(
-        values, path
-    )  # also of labels: a volume without a finite value is refused
+    checked = images.finite(values, path)  # of labels too: one of the values must be finite
     values = images.whole_numbers(values, path) if labels else checked
     return nib.apply_orientation(values.reshape((*shape, 1)[:3]), orientation), geometry
 
@@ -183,7 +177,7 @@ def compare_grids(image, mask, path):
     far = np.abs(apart).max()
     if far <= 0.1:
         return None
-    places = [f"origin {in_mm(g.ras_affine[:3, 3])}, spacing {in_mm(g.spacing)}"
+    places = [f"origin {in_mm(g.ras_affine[:3, 3])}, spacing {in_mm(g.header.get_zooms()[:3])}"
               for g in (mask, image)]  # fmt: skip
     text = f"the mask has {places[0]}, its image {places[1]}, up to {far:.1f} voxels apart"
     if far > 1 and not np.array_equal(image.orientation, mask.orientation):

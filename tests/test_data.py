@@ -167,7 +167,7 @@ def test_missing_data_says_where_to_look(tmp_path, monkeypatch, capsys):
     folder(tmp_path / "demo")
     monkeypatch.chdir(tmp_path)
     assert sizes(find("demo")) == [600, 60, 100] and sum(sizes(find("./demo"))) == 10
-    assert "write ./demo for the folder" in capsys.readouterr().err
+    assert "for that write ./demo" in capsys.readouterr().err
     with pytest.raises(UserError, match="only cvc has video sequences"):
         find("./demo", split="sequence")
 

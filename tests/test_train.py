@@ -275,7 +275,6 @@ def test_float16_scales_its_loss(monkeypatch):
 
 def test_a_batch_in_parts_is_the_same_step():
     """Three and two images give the gradients and losses of five."""
-    assert train.split(5, 2) == [slice(0, 3), slice(3, 5)]
     for name, more in (("whole", []), ("parts", ["--accumulate", "2"])):
         run(name, "--batch-size", "5", *more, steps=2)
     assert_close_gradients("whole", "parts")
@@ -309,9 +308,9 @@ def test_a_run_says_early_how_long_it_takes(monkeypatch):
     clock = iter([0, 30, 30, 31])
     timer = run_state.FirstSteps(CPU, skip=0)
     assert [timer.step() for _ in range(2)] == [30, None]
-    text = train.first_estimate(16 * 3600, 256, CPU)
+    text = run_state.first_estimate(16 * 3600, 256, CPU)
     assert "16 h 00 min" in text and "--size 128: about 4 h" in text and "64: about 1 h" in text
-    assert "--size" not in train.first_estimate(16 * 3600, 256, torch.device("cuda"))
+    assert "--size" not in run_state.first_estimate(16 * 3600, 256, torch.device("cuda"))
 
 
 def test_a_run_may_be_moved_and_copied():
@@ -440,16 +439,11 @@ def test_validation_without_foreground_is_not_a_score(monkeypatch, capsys):
     assert SDSeg.load("run/model.safetensors")
 
 
-def test_the_flag_augment_reaches_the_data(monkeypatch):
-    """`none` means no augmentation: images and masks are those of the files."""
-
-    def stop(spec, part, size, augment, seed):
-        raise UserError(f"augment is {augment}")
-
-    monkeypatch.setattr(train, "SegmentationData", stop)
-    for flag, augment in (("none", None), ("flip", "flip"), ("full", "full")):
-        with pytest.raises(UserError, match=f"augment is {augment}"):
-            run("run", "--augment", flag)
+def test_a_resumed_batch_is_shared_equally(monkeypatch):
+    """Three processes cannot share the run's batches of two; it is said before anything is read."""
+    monkeypatch.setattr(train, "init_distributed", lambda: (0, 3, CPU))
+    with pytest.raises(UserError, match="cannot be shared equally by 3 processes"):
+        train.main(train.parse_args(["--resume", "finished"]))
 
 
 def test_how_volumes_are_sliced_is_kept_with_the_model():
