@@ -41,7 +41,7 @@ from support.device import (
 from support.metrics import dice
 from support.small_gpu import save_memory
 
-PARTS = ("tau", "U-Net", "decoder")
+NETWORKS = ("tau", "U-Net", "decoder")
 
 
 def int_list(text):
@@ -150,6 +150,8 @@ def diffusers_modules(config):
         block_out_channels=[v.ch * m for m in v.ch_mult],
         layers_per_block=v.num_res_blocks,
     )
+    for level in vae.decoder.up_blocks:
+        level.resnets = level.resnets[: v.decoder_res_blocks]
     kind = "CrossAttn" if u.family == "sd" else "Attn"
     kinds = [kind * (2**i in u.attention_resolutions) for i in range(len(u.channel_mult))]
     sizes = dict(
@@ -207,25 +209,25 @@ def time_inference(models, image, seconds, device):
             calls[name, "U-Net"] = lambda m=m, z=z_c, n=noise: m.predict(n, t, z)
             calls[name, "decoder"] = lambda m=m, z=z_c: m.decode_mask(z)
         if device.type == "cpu":
-            for part in PARTS:
+            for part in NETWORKS:
                 calls["products", part] = Products(calls["ours", part]).back_to_back
         return medians(calls, seconds, device)
 
 
 def report(n, times, peak):
     """One line for each model: its time, its parts' shares of it, and the ratio to our times."""
-    print(f"\nbatch {n:<4}{'ms':>28}{'images/s':>10}", *(f"{part:>8}" for part in PARTS))
+    print(f"\nbatch {n:<4}{'ms':>28}{'images/s':>10}", *(f"{part:>8}" for part in NETWORKS))
     ours = {name: times[name, "1 step"] for name in ("ours", "compiled") if (name, "tau") in times}
     for (name, what), t in times.items():
-        if what in PARTS:
+        if what in NETWORKS:
             continue
-        parts = [times[name, part] for part in PARTS]
+        parts = [times[name, part] for part in NETWORKS]
         shares = [f"{part / sum(parts):8.1%}" for part in parts if what == "1 step"]
         than = [] if name == "ours" else ["ours"] if name == "compiled" else list(ours)
         ratios = [f"  {t / ours[other]:.2f}x the time of {other}" for other in than]
         print(f"{name + ', ' + what:<28}{1000 * t:10.1f}{n / t:10.2f}", *shares, *ratios)
     if ("products", "tau") in times:  # the rest is normalisation, sums, copies
-        pairs = {part: (times["products", part], times["ours", part]) for part in PARTS}
+        pairs = {part: (times["products", part], times["ours", part]) for part in NETWORKS}
         pairs["all"] = [sum(values) for values in zip(*pairs.values())]
         shares = (f"{name} {a / b:.0%}" for name, (a, b) in pairs.items())
         print(f"share of our time that the same products take back to back: {', '.join(shares)}")

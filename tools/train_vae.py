@@ -1,9 +1,10 @@
 """Train the small autoencoder of nano: `python -m tools.train_vae --data kvasir+cvc`.
 
 The paper takes Stable Diffusion's autoencoder; this command shows how one is made. It learns to
-rebuild images, masks, and drawn maps of 2 to 14 classes, by L1 and a light KL penalty, at the size
-asked for, a half and a quarter of it. It writes a `.safetensors` of the autoencoder alone, which
-`train.py --init` accepts. Letters: n maps, k classes, S the side of the current batch.
+rebuild images, masks, and drawn maps of 2 to 14 classes, by L1, a light KL penalty, and on the maps
+the cross-entropy of their classes, at the size asked for, a half and a quarter of it. It writes a
+`.safetensors` of the autoencoder alone, which `train.py --init` accepts.
+Letters: n images of a batch, k classes of a map, S the side of the current batch.
 """
 
 import time
@@ -16,7 +17,7 @@ import torch.nn.functional as F
 from torch.utils.data import DataLoader
 
 from data import SegmentationData, find
-from sdseg import PRESETS, SDSeg, class_colours, from_pretrained, validate_config
+from sdseg import PRESETS, SDSeg, class_colours, colour_logits, from_pretrained, validate_config
 from support.cli import ArgumentParser, UserError, bounded, positive_int, run_command, seed_int
 from support.device import find_device, has_fast_bf16, loader_workers
 from support.folders import MAX_CLASSES
@@ -24,7 +25,7 @@ from support.metrics import latent_std, vae_dice
 from support.weights import write_weights
 from train import remember_images
 
-KL_WEIGHT = 1e-4
+KL_WEIGHT, CLASS_WEIGHT = 1e-4, 0.2
 CH_MULT = {4: PRESETS["nano"].vae.ch_mult, 8: (1, 1, 2, 2)}  # --factor: channels of the levels
 
 
@@ -46,7 +47,7 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def draw_maps(n, k, size, generator, device="cpu"):
+def draw_maps(n, k, size, generator):
     """n maps of class ids 0 to k - 1, (n, size, size) int64: regions of many sizes and shapes.
 
     A map is the argmax of k fields of smooth noise, coarse or fine. Each field has a bias, so some
@@ -54,16 +55,16 @@ def draw_maps(n, k, size, generator, device="cpu"):
     """
 
     def uniform(*shape):
-        return torch.rand(*shape, generator=generator).to(device)
+        return torch.rand(*shape, generator=generator)
 
     fields = []
     for fineness in uniform(n).tolist():
         cells = 2 + int((size / 10) ** fineness)  # bumps a side
-        grid = torch.randn(1, k, cells, cells, generator=generator).to(device)
+        grid = torch.randn(1, k, cells, cells, generator=generator)
         fields.append(F.interpolate(grid, (size, size), mode="bicubic", align_corners=True))
-    bias = 0.5 * torch.randn(n, k, 1, 1, generator=generator).to(device)
+    bias = 0.5 * torch.randn(n, k, 1, 1, generator=generator)
     maps = (torch.cat(fields) + bias).argmax(1)
-    y = torch.linspace(0, 1, size, device=device)[:, None]
+    y = torch.linspace(0, 1, size)[:, None]
     for _ in range(6):
         centre_y, centre_x, angle, height, width, kind, covers = uniform(7, n, 1, 1)
         dy, dx, cos, sin = y - centre_y, y.T - centre_x, (6.3 * angle).cos(), (6.3 * angle).sin()
@@ -81,14 +82,16 @@ def sizes_of(size, levels):
     return [s for s in (size, size // 2, size // 4) if s == size or s >= 32 and s % unit == 0]
 
 
-class ImagesAndMasks(torch.utils.data.Dataset):
-    """[step] -> images (n / 4, 3, S, S) in [-1, 1], masks (n / 4, S, S) of other cases, augmented.
+class ColourBatches(torch.utils.data.Dataset):
+    """[step] -> rgb (n, 3, S, S) in [-1, 1]: a quarter images, a quarter masks of other cases, both
+    augmented, and half drawn maps; these maps (n / 2, S, S) as class ids, and their k.
 
     S goes through `sizes`; a batch of the largest S has n = `batch_size`, and of S / 2 twice that.
     """
 
-    def __init__(self, data, sizes, batch_size):
-        self.data, self.sizes, self.batch_size = data, sizes, batch_size
+    def __init__(self, data, classes, sizes, batch_size):
+        self.data, self.colours = data, class_colours(classes)
+        self.sizes, self.batch_size = sizes, batch_size
 
     def __getitem__(self, step):
         side = self.sizes[step % len(self.sizes)]
@@ -96,27 +99,26 @@ class ImagesAndMasks(torch.utils.data.Dataset):
         rng = np.random.default_rng([self.data.seed, step])
         batch = self.data.batch([(step, i) for i in rng.integers(len(self.data), size=2 * quarter)])
         image = F.interpolate(batch["image"][:quarter], (side, side), mode="area")
-        mask = F.interpolate(batch["mask"][quarter:, None].float(), (side, side))
-        return image, mask[:, 0].long()
+        mask = F.interpolate(batch["mask"][quarter:, None].float(), (side, side))[:, 0].long()
+        k = int(rng.integers(2, MAX_CLASSES + 1))
+        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+        maps = draw_maps(2 * quarter, k, side, generator)
+        rgb = torch.cat([self.colours[mask], class_colours(k)[maps]])
+        return torch.cat([image, rgb.permute(0, 3, 1, 2)]), maps, k
 
 
-def add_maps(image, mask, colours, generator):
-    """Images and masks, a quarter of the batch each, and as many drawn maps as both -> rgb
-    (n, 3, S, S) in [-1, 1]. `colours` (K, 3) are those of the masks' classes.
+def reconstruction_loss(vae, x, maps, k):
+    """What `ColourBatches` yields -> loss, L1, KL(posterior || standard normal), all means.
+
+    L1 alone lets an edge between two classes pass through the colour of a third. The cross-entropy
+    of the classes of the maps punishes that.
     """
-    k = int(torch.randint(2, MAX_CLASSES + 1, (), generator=generator))
-    maps = draw_maps(2 * len(image), k, image.shape[-1], generator, image.device)
-    rgb = torch.cat([colours[mask], class_colours(k).to(image.device)[maps]])
-    return torch.cat([image, rgb.permute(0, 3, 1, 2)])
-
-
-def reconstruction_loss(vae, x, noise):
-    """L1 + KL_WEIGHT * KL(posterior || standard normal), both means -> loss, L1, KL."""
     mean, logvar = (y.float() for y in vae.encode(x))
-    z = mean + (logvar / 2).exp() * noise
-    l1 = F.l1_loss(vae.decode(z).float(), x)
+    rgb = vae.decode(mean + (logvar / 2).exp() * torch.randn_like(mean)).float()
+    l1 = F.l1_loss(rgb, x)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return l1 + KL_WEIGHT * kl, l1, kl
+    logits = colour_logits(rgb[-len(maps) :], class_colours(k).to(x.device))
+    return l1 + KL_WEIGHT * kl + CLASS_WEIGHT * F.cross_entropy(logits, maps), l1, kl
 
 
 def main(args):
@@ -144,24 +146,22 @@ def main(args):
     train_data = SegmentationData(spec, "train", args.size, "full", args.seed)
     val_data = SegmentationData(spec, "val", args.size)
     sizes = sizes_of(args.size, len(model.config.vae.ch_mult))
-    loader = DataLoader(ImagesAndMasks(train_data, sizes, args.batch_size), batch_size=None,
-                        sampler=range(args.steps), num_workers=loader_workers(device))  # fmt: skip
+    batches = ColourBatches(train_data, len(spec.classes), sizes, args.batch_size)
+    loader = DataLoader(batches, batch_size=None, sampler=range(args.steps),
+                        num_workers=loader_workers(device),
+                        pin_memory=device.type == "cuda")  # fmt: skip
     print(f"{spec.name}: {len(train_data)} training items; autoencoder of "
           f"{sum(p.numel() for p in vae.parameters()) / 1e6:.1f} M on {device}, "
           f"{'bf16' if bf16 else 'fp32'}, {args.steps} steps of {args.batch_size}")  # fmt: skip
 
-    # 3. The loop: a quarter images, a quarter masks, half drawn maps
-    generator = torch.Generator().manual_seed(args.seed)
+    # 3. The loop
     began, log_every = time.monotonic(), max(50, args.steps // 20)
-    for step, (image, mask) in enumerate(loader):
+    for step, (x, maps, k) in enumerate(loader):
         warm = min(1, (step + 1) / 100)
         optimizer.param_groups[0]["lr"] = args.lr * warm * (1 - step / args.steps)
-        x = add_maps(image.to(device), mask.to(device), model.colours, generator)
-        z_channels, *sides = model.latent_shape
-        sides = [side * x.shape[-1] // args.size for side in sides]
-        noise = torch.randn(len(x), z_channels, *sides, generator=generator).to(device)
+        x, maps = (y.to(device, non_blocking=True) for y in (x, maps))
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss, l1, kl = reconstruction_loss(vae, x, noise)
+            loss, l1, kl = reconstruction_loss(vae, x, maps, k)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
