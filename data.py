@@ -214,7 +214,7 @@ def load_case(case, spec, remarks=None):
     if case.seed is not None:
         return draw_demo(case.seed, 256)
     image, mask = folders.read_pair(case, spec, [] if remarks is None else remarks)
-    ids = folders.class_ids(mask, spec, case.mask)
+    ids = folders.mask_to_class_ids(mask, spec, case.mask)
     return crop_to_disc(image, mask.values, ids) if spec.label_format == "cup" else (image, ids)
 
 
@@ -275,7 +275,7 @@ class SegmentationData(torch.utils.data.Dataset):
     def has_foreground(self):
         return any(mask.any() for mask in self.masks)
 
-    def draw(self, epoch, index):
+    def random_draw(self, epoch, index):
         """16 numbers in [0, 1): 0, 1 for the symmetry, 2 to 6 the affine map, 7 to 12 colours,
         13 to 15 the crop.
         """
@@ -286,14 +286,14 @@ class SegmentationData(torch.utils.data.Dataset):
         if self.augment == "full":
             return None
         flips = self.augment and self.flips
-        return [8 * i + (symmetry_of(self.draw(e, i)) if flips else 0) for e, i in samples]
+        return [8 * i + (symmetry_of(self.random_draw(e, i)) if flips else 0) for e, i in samples]
 
     def batch(self, samples):
         """[(epoch, index)] -> {"image" (B, 3, S, S), "mask" (B, S, S)}; epoch None: unchanged."""
         images = [np.asarray(self.images[i]) for _, i in samples]
         masks = [np.asarray(self.masks[i]) for _, i in samples]
         augment = self.augment if samples[0][0] is not None else None
-        draws = [self.draw(e, i) for e, i in samples] if augment else []
+        draws = [self.random_draw(e, i) for e, i in samples] if augment else []
         if augment and self.crops:
             images, masks = zip(*map(random_crop, images, masks, draws))
         if augment and self.flips:

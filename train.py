@@ -170,6 +170,7 @@ def main(args):
         t, noise = sample_t_and_noise(n, model.latent_shape, generator, args.terminal_fraction,
                                       first=step * n)  # fmt: skip
         t, noise = (x[batches.share] for x in (t, noise))
+        noise = noise.pin_memory() if on_gpu else noise  # else its copy waits for the last step
         image, mask, noise = (x.to(device, non_blocking=True) for x in (image, mask, noise))
         losses, latent_losses = 0, []
         width = -(-len(t) // args.accumulate)  # of the parts; their gradients add up
@@ -179,11 +180,11 @@ def main(args):
             with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
                 with autocast():
                     z_0 = latents(mask[part], symmetries and symmetries[part])
-                    values, latent_loss = weighted_loss(model, net, image[part], mask[part], z_0,
-                                                        t[part], noise[part], args)  # fmt: skip
-                values = values * (len(t[part]) / len(t))
-                scaler.scale(values[0]).backward()
-            losses += values.detach()
+                    parts, latent_loss = weighted_loss(model, net, image[part], mask[part], z_0,
+                                                       t[part], noise[part], args)  # fmt: skip
+                parts = parts * (len(t[part]) / len(t))
+                scaler.scale(parts[0]).backward()
+            losses += parts.detach()
             latent_losses.append(latent_loss)
         scaler.unscale_(optimizer)
         gradient_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -193,8 +194,8 @@ def main(args):
         done = step + 1
         due = done % args.eval_every == 0 or done == args.steps
         if due or done % ema_every == 0:
-            first = max(step // k * k for k in (ema_every, args.eval_every))
-            update_ema(averages, trained, step, recipe["ema"], first)
+            since = max(step // k * k for k in (ema_every, args.eval_every))
+            update_ema(averages, trained, step, recipe["ema"], since)
         meter.update(losses, torch.cat(latent_losses), t.to(device), gradient_norm)
 
         # 6. Log, validate, save
@@ -254,9 +255,9 @@ def average_every(decay):
 
 
 @torch.no_grad()
-def update_ema(averages, trained, step, decay, first=None):
-    """Move the averages towards the parameters, by as much as in all steps since `first`."""
-    steps = range(step if first is None else first, step + 1)
+def update_ema(averages, trained, step, decay, since=None):
+    """Move the averages towards the parameters, by as much as in all steps from `since` on."""
+    steps = range(step if since is None else since, step + 1)
     # (1 + i) / (10 + i): forget the start quickly
     weight = 1 - math.prod(min(decay, (1 + i) / (10 + i)) for i in steps)
     if averages[0].device == trained[0].device:
@@ -348,11 +349,11 @@ def make_model(args, spec, init):
     """The model to train, from the initial weights and what the flags change."""
     if args.context == "neighbours" and not spec.volumes:
         raise UserError(f"--context neighbours: {spec.name} holds images; only volumes have slices")
-    asked = dict(prediction=args.prediction, fusion=args.fusion, image_size=args.size,
+    changes = dict(prediction=args.prediction, fusion=args.fusion, image_size=args.size,
                  context=args.context)  # fmt: skip
-    asked = {name: value for name, value in asked.items() if value}
-    asked |= dict(classes=spec.classes, window=spec.window, plane=spec.plane)
-    model = from_pretrained(init, **asked)
+    changes = {name: value for name, value in changes.items() if value}
+    changes |= dict(classes=spec.classes, window=spec.window, plane=spec.plane)
+    model = from_pretrained(init, **changes)
     config, val = model.config, image_hashes(spec.splits["val"])
     seen = len(set(config.trained_on) & set(val))
     same_data = set(config.data.split("+")) & set(spec.name.split("+"))

@@ -45,7 +45,7 @@ class DatasetSpec:
     name: str
     splits: dict  # "train", "val", "test" -> tuple of Case
     classes: tuple = TWO_CLASSES  # the class id is the index
-    label_format: str = "binary"  # how mask values become class ids, see `class_ids`
+    label_format: str = "binary"  # how mask values become class ids, see `mask_to_class_ids`
     window: tuple | None = None  # (low, high) intensities of volumes; None: each volume's own
     volumes: bool = False
     palette: dict = field(default_factory=dict)  # class id -> colour, where masks have a palette
@@ -236,7 +236,7 @@ def load_mask(case):
     return images.read_mask(case.mask), None
 
 
-def class_ids(mask, spec, path):
+def mask_to_class_ids(mask, spec, path):
     """Mask -> uint8 class ids. Raises UserError for values that do not belong to the data set.
 
     `label_format`: "binary" is black and white, or 0 and 1; "nonzero" makes one class of all values

@@ -125,22 +125,22 @@ class LossMeter:
         """losses (4,); latent_loss, t (B,). A step with gradients that are not finite counts as
         skipped, because GradScaler skips it.
         """
-        late = (t >= 900).float()
-        late = torch.stack([late @ latent_loss, late.sum(), late.new_zeros(())])
-        values = torch.cat([losses, late])
+        at_t900 = (t >= 900).float()
+        at_t900 = torch.stack([at_t900 @ latent_loss, at_t900.sum(), at_t900.new_zeros(())])
+        values = torch.cat([losses, at_t900])
         self.sums += torch.where(gradient_norm.isfinite(), values, self.skipped)
         self.steps += 1
 
     def read(self):
         """-> {name: mean since the last call}, skipped steps. Raises UserError if all were."""
-        *sums, late, count, skipped = self.sums.tolist()
+        *sums, at_t900, count, skipped = self.sums.tolist()
         good = self.steps - skipped
         if not good:
             raise UserError(
                 f"the loss was not finite for {self.steps} steps in a row; start again with a "
                 "lower --lr, or with --precision fp32"
             )
-        means = [x / good for x in sums] + [late / count if count else float("nan")]
+        means = [x / good for x in sums] + [at_t900 / count if count else float("nan")]
         self.sums.zero_()
         self.steps = 0
         return dict(zip(self.names, means)), int(skipped)

@@ -12,7 +12,7 @@ from PIL import Image, ImageFilter
 
 from data import find, load_case
 from support.cli import UserError
-from support.folders import PARTS, Case, DatasetSpec, class_ids
+from support.folders import PARTS, Case, DatasetSpec, mask_to_class_ids
 from support.images import compare_exif, read_image, read_mask
 from support.volumes import (
     PLANES,
@@ -236,7 +236,7 @@ def test_real_masks_pass_as_jpeg(real_data, tmp_path):
         for quality, size in ((50, (192, 144)), (75, (384, 288)), (95, (192, 144))):
             mask = Image.open(file).resize(size)
             mask.save(path, quality=quality)
-            ids = class_ids(read_mask(path), spec, path)
+            ids = mask_to_class_ids(read_mask(path), spec, path)
             assert ((ids > 0) != (np.asarray(mask) > 127)).mean() < 0.005
 
 

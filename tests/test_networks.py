@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from conftest import UNETS, VAE_TINY, golden, golden_weights
 
 from sdseg import widen_conv_in
-from support.fast_ops import Upsample, group_norm_by_channel
+from support.fast_ops import GroupNorm, Upsample, group_norm_by_channel
 from unet import UNet, UNetConfig
 from vae import AutoencoderKL, VisionEncoder
 
@@ -100,6 +100,16 @@ def test_group_norm_by_channel_is_group_norm(shape, groups):
     direction = torch.randn(shape)
     for a, b in zip(*(torch.autograd.grad(y, of, direction.to(y.dtype)) for y in (made, exact))):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="autocast of a GPU needs one")
+def test_group_norm_keeps_half_precision_under_autocast():
+    """The input's dtype comes out, with the values of float32 to its rounding."""
+    layer, x = GroupNorm(8, 64).cuda(), torch.randn(2, 64, 16, 16, device="cuda").bfloat16()
+    with torch.autocast("cuda", torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), F.group_norm(x.float(), 8), atol=0.02, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 5, 3), (1, 8, 1, 9), (1, 32, 2, 2)])

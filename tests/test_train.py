@@ -147,7 +147,7 @@ def test_the_average_follows_the_weights():
     torch.testing.assert_close(averages[0].data, before + 0.1)
     assert next(ema.vae.parameters()).data_ptr() == next(model.vae.parameters()).data_ptr()
     together, one_by_one = (train.make_ema(model, on_host=True)[1] for _ in range(2))
-    train.update_ema(together, trained, step=5, decay=0.9, first=3)
+    train.update_ema(together, trained, step=5, decay=0.9, since=3)
     for step in range(3, 6):  # while the weights stay, this is the same
         train.update_ema(one_by_one, trained, step, decay=0.9)
     torch.testing.assert_close(together, one_by_one)
