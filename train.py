@@ -142,7 +142,7 @@ def main(args):
     ema, averages = make_ema(model, on_host=small)
     ema_every = average_every(recipe["ema"]) if small else 1
     if small:
-        save_memory(model, mask_loss=args.mask_weight, world_size=world_size)
+        save_memory(model)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)
     scale = None if dtype == torch.float16 else 1.0
     scaler = torch.amp.GradScaler(device.type, scale or 2.0**16, enabled=device.type != "mps")

@@ -19,23 +19,12 @@ def is_too_small(device, trained):
     return needed > torch.cuda.get_device_properties(device).total_memory
 
 
-def idle_weights(model, mask_loss):
-    """The frozen weights that no step of training reads, {name: parameter}."""
-    read = ("tau.", "vae.") if mask_loss else ("tau.", "vae.encoder.", "vae.quant_conv.")
-    return {name: p for name, p in model.named_parameters()
-            if not (p.requires_grad or name.startswith(read))}  # fmt: skip
+def save_memory(model):
+    """Keep less of a model in training on the GPU.
 
-
-def save_memory(model, mask_loss, world_size=1):
-    """Keep less of a model in training on the GPU; `mask_loss`: the loss needs the decoder.
-
-    - Idle weights go to host memory; DDP wants all of them on one device.
     - tau remembers the inputs of its levels only. Backward computes the rest again, image by image.
     - The allocator joins free pieces of memory.
     """
-    if world_size == 1:
-        for p in idle_weights(model, mask_loss).values():
-            p.data = p.data.cpu()
     for level in model.tau.encoder.down:
         level.forward = partial(image_by_image, level.forward)
     if model.device.type == "cuda":

@@ -246,7 +246,7 @@ def training_step(config, recipe, batch, device, dtype, compiled=False, small_gp
     averages = train.make_ema(model, on_host=small_gpu)[1]
     trained = [p for p in model.parameters() if p.requires_grad]
     if small_gpu:
-        save_memory(model, mask_loss=recipe["mask_weight"])
+        save_memory(model)
     optimizer = torch.optim.AdamW(trained, lr=recipe["lr"], fused=True)
     scale = None if dtype == torch.float16 else 1.0
     scaler = torch.amp.GradScaler(device.type, scale or 2.0**16, enabled=device.type != "mps")

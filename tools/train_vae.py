@@ -140,7 +140,8 @@ def main(args):
         model = SDSeg(config)
     model.config = remember_images(model.config, spec, args.split)
     vae = model.to(device).vae.requires_grad_()
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.lr, betas=(0.9, 0.99), weight_decay=0,
+                                  fused=True)  # fmt: skip
 
     # 2. Data
     train_data = SegmentationData(spec, "train", args.size, "full", args.seed)
