@@ -350,7 +350,7 @@ def make_model(args, spec, init):
     if args.context == "neighbours" and not spec.volumes:
         raise UserError(f"--context neighbours: {spec.name} holds images; only volumes have slices")
     changes = dict(prediction=args.prediction, fusion=args.fusion, image_size=args.size,
-                 context=args.context)  # fmt: skip
+                   context=args.context)  # fmt: skip
     changes = {name: value for name, value in changes.items() if value}
     changes |= dict(classes=spec.classes, window=spec.window, plane=spec.plane)
     model = from_pretrained(init, **changes)
