@@ -28,7 +28,7 @@ def command(tmp_path, monkeypatch):
         monkeypatch.setattr(claims, name, small)
     monkeypatch.setattr(claims, "VALIDATIONS", 3)
     monkeypatch.setattr(claims, "STEPS", (1, 2))
-    fixed = ["--data", str(disc_folder(tmp_path / "own")), "--size", "32", "--batch-size", "2",
+    fixed = ["--data", str(disc_folder(tmp_path / "own")), "--batch-size", "2",
              "--steps", "3", "--vae-steps", "2", "--seeds", "0", "--device", "cpu",
              "--out", str(tmp_path / "out")]  # fmt: skip
     return lambda *flags: claims.parse_args([*fixed, *flags])
@@ -36,7 +36,7 @@ def command(tmp_path, monkeypatch):
 
 def build(name):
     torch.manual_seed(0)
-    return claims.build(claims.ROWS[name], str(DEFAULT_WEIGHTS), 32, CLASSES)
+    return claims.build(claims.ROWS[name], str(DEFAULT_WEIGHTS), CLASSES)
 
 
 def sample(name, seed=0, b=2):
@@ -73,7 +73,9 @@ def test_zeros_take_the_place_of_the_noise(command, monkeypatch):
 
     monkeypatch.setattr(SDSeg, "predict", spy)
     monkeypatch.setattr(claims, "z_0_errors", lambda *_: None)
-    result = claims.train_row(command(), "zeros", 0, float("inf"))
+    args = command()
+    claims.train_autoencoder(args, claims.ROWS["zeros"])
+    result = claims.train_row(args, "zeros", 0, float("inf"))
     assert seen == [False] * (len(seen) - 1) + [True]  # the last call is the other start
     assert result["scores"]["1x1"] == result["curve"][-1]["dice"]
 
@@ -110,6 +112,7 @@ def test_a_row_trains_the_parts_that_it_names():
 def test_a_stopped_run_goes_on_to_the_same_result(command):
     """Stopped after each step, the JSON has the same numbers; other settings are refused."""
     args = command("--rows", "base")
+    claims.train_autoencoder(args, claims.ROWS["base"])
     whole = claims.train_row(args, "base", 0, float("inf"))
     path, checkpoint = claims.paths_of(args, "base", 0)
     for _ in range(2):
@@ -121,7 +124,7 @@ def test_a_stopped_run_goes_on_to_the_same_result(command):
         claims.main(command("--rows", "base", "--batch-size", "3"))
 
 
-def test_the_command_trains_its_f8_autoencoder_and_reports(command, tmp_path, capsys):
+def test_the_command_trains_its_autoencoders_and_reports(command, tmp_path, capsys):
     """Rows of both experiments; time that is up leaves the rest for the next call."""
     claims.main(command("--rows", "lambda-1,plain", "--minutes", "0"))
     assert "2 runs are left" in capsys.readouterr().out
@@ -158,7 +161,7 @@ def results(tmp_path, name, seed, levels, **changes):
     n = len(levels)
     curve = [{"samples": i, "dice": levels if i >= 2 else [0.0] * n} for i in range(3)]
     settings = {key: 1 for key in claims_report.SAME}
-    settings |= {"row": name, "seed": seed, "start": "noise", **changes}
+    settings |= {"row": name, "seed": seed, "size": 32, "start": "noise", **changes}
     result = {"settings": settings, "groups": [f"g{i // 2}" for i in range(n)], "curve": curve,
               "scores": {"1x1": levels}, "z_0_errors": None, "parameters": 1, "samples": 2,
               "seconds": 1.0, "jobs": 1, "device": "d", "torch": "t"}  # fmt: skip

@@ -3,9 +3,11 @@
 Every row of two experiments is trained with several seeds and scored on validation images. Each
 (row, seed) leaves one small JSON in --out; a second call goes on where the first was stopped.
 `--report` makes two tables and a figure of the JSONs. Rows differ from the row that they are
-compared with in what their line in TABLE says, and in nothing else: same data, batches, steps and
-one frozen autoencoder for each latent size. The rate is constant after a warm-up and the weights
-are averaged (EMA), because plateaus are compared: mean validation Dice of the last third.
+compared with in what their line in TABLE says, and in nothing else: same data, batches and steps.
+Latents have 8 x 8 pixels in all rows: images of 64 px with the f8 autoencoder, of 32 px with the f4
+one. This command trains both autoencoders; the rows keep them frozen. The rate is constant after a
+warm-up and the weights are averaged (EMA), because plateaus are compared: mean validation Dice of
+the last third.
 Letters: B batch, N images, S pixels of a side, M measurements, z_0 z_t z_c as in `sdseg.py`.
 """
 
@@ -38,7 +40,7 @@ from support.device import device_name, find_device
 from support.folders import file_hash
 from support.metrics import dice_from_counts, latent_std
 from support.run_state import load_state, save_state
-from support.weights import DEFAULT_WEIGHTS, load_strict, read_weights
+from support.weights import load_strict, read_weights
 from tools import train_vae
 from tools.claims_report import plateau, report
 from train import decoded_mask_loss, make_ema, sample_t_and_noise, update_ema
@@ -47,6 +49,7 @@ from unet import UNet, UNetConfig
 LR, WARMUP, EMA = 1e-3, 50, 0.99
 UNET = UNetConfig("sd", 8, 4, 32, (1, 2, 4), 1, (2, 4), 4, None)  # 3.9 M parameters
 PIXEL_UNET = UNetConfig("sd", 3, 2, 32, (1, 1, 2, 4), 1, (4, 8), 4, None)  # of `plain`: 4.0 M
+LATENT_SIDE = 8  # h = w of z_0
 VALIDATIONS = 15  # in a run, evenly spread; the last five are the plateau
 CHUNK = 64  # validation images at a time
 STEPS = (1, 2, 5, 10, 50)  # DDIM steps of Figure 3
@@ -61,7 +64,7 @@ SAVE_EVERY = 60  # seconds between two checkpoints of a run
 class Row:
     """One way to train and to segment. The defaults are nano's recipe: the base of `helps`."""
 
-    latents: str = "f4"  # the frozen autoencoder: of --vae, or the f8 one that this command trains
+    factor: int = 4  # image side / latent side, of the frozen autoencoder
     prediction: str = "x0"
     zero_terminal_snr: bool = True  # "eps" cannot have it, see sdseg.py:noise_schedule
     fusion: str = "concat"
@@ -75,7 +78,7 @@ class Row:
 
 
 # The paper's own recipe. Its cross-attention has tokens without a position, as in the paper.
-PAPER = dict(latents="f8", prediction="eps", zero_terminal_snr=False, fusion="cross",
+PAPER = dict(factor=8, prediction="eps", zero_terminal_snr=False, fusion="cross",
              freeze_encoder=True, terminal_fraction=0.0, latent_weight=0.0, mask_weight=0.0,
              )  # fmt: skip
 TABLE = {  # experiment: row: (the row that it is compared with, what differs from it)
@@ -114,11 +117,16 @@ def measurements(row):
     asked = {"1x1": (1, 1, row.start)}
     if row.network != "SDSeg":
         return asked
-    if row.latents == "f8":
+    if row.factor == 8:
         return {f"{s}x1": (s, 1, row.start) for s in STEPS} | {"1x25": (1, 25, row.start)}
     if row.terminal_fraction < 1:
         asked["10x1"] = (10, 1, row.start)
     return asked | {"other": (1, 1, "zeros" if row.start == "noise" else "noise")}
+
+
+def size_of(row):
+    """H = W of its images."""
+    return LATENT_SIDE * row.factor
 
 
 # ---- the networks ----
@@ -153,7 +161,7 @@ class PlainUNet(nn.Module):
         return logits.softmax(1)[:, 1:]
 
 
-def build(row, vae_file, size, classes):
+def build(row, vae_file, classes):
     """The untrained model of a row; U-Net and tau are about as large as the plain U-Net."""
     if row.network == "plain U-Net":
         return PlainUNet()
@@ -162,9 +170,9 @@ def build(row, vae_file, size, classes):
     sees_both = row.network == "SDSeg" and row.fusion == "concat"
     tokens = z if row.fusion == "cross" else None
     unet = replace(UNET, in_channels=z + z * sees_both, out_channels=z, context_dim=tokens)
-    config = replace(config, unet=unet, classes=classes, image_size=size, fusion=row.fusion,
-                     prediction=row.prediction, zero_terminal_snr=row.zero_terminal_snr,
-                     )  # fmt: skip
+    config = replace(config, unet=unet, classes=classes, image_size=size_of(row),
+                     fusion=row.fusion, prediction=row.prediction,
+                     zero_terminal_snr=row.zero_terminal_snr)  # fmt: skip
     model = (SDSeg if row.network == "SDSeg" else WithoutZt)(config)
     if row.network == "no autoencoder":  # the same layers: random at first, all trained
         model.config = replace(config, mask_scale=1.0)
@@ -267,14 +275,14 @@ def z_0_errors(model, val):
 def settings_of(args, name, seed):
     """All that decides a run's numbers, as it stands in its JSON and in its checkpoint."""
     row = ROWS[name]
-    common = {k: getattr(args, k) for k in ("data", "size", "steps", "batch_size")}
+    common = {k: getattr(args, k) for k in ("data", "steps", "batch_size")}
     vae = None if row.network == "plain U-Net" else file_hash(vae_file(args, row))[:16]
-    constants = {"lr": LR, "warmup": WARMUP, "ema": EMA, "vae": vae}
+    constants = {"size": size_of(row), "lr": LR, "warmup": WARMUP, "ema": EMA, "vae": vae}
     return {"row": name, "seed": seed, **asdict(row), **common, **constants}
 
 
 def vae_file(args, row):
-    return args.vae if row.latents == "f4" else str(Path(args.out) / "f8.safetensors")
+    return str(Path(args.out) / f"f{row.factor}.safetensors")
 
 
 def paths_of(args, name, seed):
@@ -294,11 +302,11 @@ def train_row(args, name, seed, deadline):
     """
     row, settings = ROWS[name], settings_of(args, name, seed)
     device, (_, checkpoint) = find_device(args.device), paths_of(args, name, seed)
-    classes, train_set, val, groups = load_data(args.data, args.root, args.size, device)
+    classes, train_set, val, groups = load_data(args.data, args.root, size_of(row), device)
     train_set.seed = seed
     batches = TrainingBatches(train_set, args.batch_size, seed)
     torch.manual_seed(seed)
-    model = build(row, vae_file(args, row), args.size, classes).to(device)
+    model = build(row, vae_file(args, row), classes).to(device)
     if row.network in ("SDSeg", "no z_t"):
         model.config = replace(model.config, mask_scale=1 / latent_std(model, train_set))
     ema, averages = make_ema(model)
@@ -373,15 +381,15 @@ def set_up_process(threads):
     torch.set_num_threads(threads)
 
 
-# ---- the f8 autoencoder ----
+# ---- the autoencoders ----
 
 
-def train_f8(args):
-    """The small f8 autoencoder of `faithful`, unless its file is there."""
-    path = Path(args.out) / "f8.safetensors"
-    if not path.exists():
-        flags = {"data": args.data, "root": args.root, "size": args.size, "factor": 8,
-                 "steps": args.vae_steps, "out": path}  # fmt: skip
+def train_autoencoder(args, row):
+    """The small autoencoder of a row, unless its file is there."""
+    path = vae_file(args, row)
+    if not Path(path).exists():
+        flags = {"data": args.data, "root": args.root, "size": size_of(row),
+                 "factor": row.factor, "steps": args.vae_steps, "out": path}  # fmt: skip
         train_vae.main(train_vae.parse_args([f"--{k}={v}" for k, v in flags.items()]))
 
 
@@ -397,11 +405,9 @@ def parse_args(argv=None):
     add("--report", action="store_true", help="only make the report, from the JSONs in --out")
     add("--data", default="kvasir+cvc", help="a data set as in train.py")
     add("--root", default="data", help="where the data sets are")
-    add("--size", type=positive_int, default=64, help="pixels, H = W")
-    add("--vae", default=str(DEFAULT_WEIGHTS), metavar="FILE", help="with the f4 autoencoder")
-    add("--vae-steps", type=positive_int, default=1500, help="of the f8 autoencoder's training")
-    add("--steps", type=bounded(int, VALIDATIONS), default=600, help="optimiser steps of a run")
-    add("--batch-size", type=positive_int, default=64, help="images")
+    add("--vae-steps", type=positive_int, default=1500, help="of each autoencoder's training")
+    add("--steps", type=bounded(int, VALIDATIONS), default=800, help="optimiser steps of a run")
+    add("--batch-size", type=positive_int, default=32, help="images")
     add("--jobs", type=positive_int, default=1, help="runs side by side, each a process")
     add("--minutes", type=bounded(float, 0), help="then save the unfinished runs and stop")
     add("--device", help="cuda, mps or cpu (default: the first that is there)")
@@ -427,9 +433,9 @@ def main(args):
         return report(args.out, TABLE)
     deadline = time.time() + 60 * args.minutes if args.minutes is not None else float("inf")
     threads = max(1, torch.get_num_threads() // args.jobs)
-    if any(ROWS[name].latents == "f8" for name in args.rows):
-        train_f8(args)
-    load_data(args.data, args.root, args.size, find_device(args.device))  # decoded once, for all
+    for name in args.rows:  # once for all: the autoencoders are trained, the images decoded
+        train_autoencoder(args, ROWS[name])
+        load_data(args.data, args.root, size_of(ROWS[name]), find_device(args.device))
     todo = []
     for seed in args.seeds:  # seed 0 of all rows first: a first answer comes early
         for name in args.rows:

@@ -14,7 +14,7 @@ from support.metrics import bootstrap_interval
 from support.panels import plot_panels
 
 PAPER = {"cross": 0.327, "concat": 0.803, "trainable": 0.919, "lambda-1": 0.928}  # BTCV, Table 6
-SAME = ("data", "size", "steps", "batch_size", "lr", "warmup", "ema")  # in all runs of a report
+SAME = ("data", "steps", "batch_size", "lr", "warmup", "ema")  # in all runs of a report
 EXTRA = {"10x1": "10 steps - 1", "50x1": "50 steps - 1", "1x25": "25 samples - 1",
          "other": "zeros - noise"}  # fmt: skip
 IN_FIGURE = ("base", "uniform", "uniform-eps", "terminal", "zeros", "no-z_t", "logits", "plain")
@@ -154,7 +154,7 @@ def report(folder, experiments):
     run = next(iter(next(iter(results.values())).values()))
     seeds = sorted({seed for runs in results.values() for seed in runs})
     text = (
-        f"{run['settings']['data']}, {run['settings']['size']} px, {len(run['groups'])} validation "
+        f"{run['settings']['data']}, {len(run['groups'])} validation "
         f"images in {len(set(run['groups']))} groups; {run['samples']:,} samples a run in batches "
         f"of {run['settings']['batch_size']}, rate {run['settings']['lr']}, constant after the "
         f"warm-up, EMA {run['settings']['ema']}; seeds {', '.join(map(str, seeds))}; "
@@ -166,7 +166,8 @@ def report(folder, experiments):
     parts = {x: {n: results[n] for n in rows if n in results} for x, rows in experiments.items()}
     for name, part in parts.items():
         if part:
-            text += f"\n## {name}\n\n{score_table(experiments[name], part)}\n"
+            size = next(iter(next(iter(part.values())).values()))["settings"]["size"]
+            text += f"\n## {name}: images of {size} px\n\n{score_table(experiments[name], part)}\n"
     text += ("\n## z_0 estimate of one call: mean |z_0~ - z_0| / Dice of its mask, by noise level"
              f"\n\n{error_table(results)}\n")  # fmt: skip
     with atomic_write(Path(folder) / "report.md") as temporary:
