@@ -32,7 +32,7 @@ from support.cli import (
     run_command,
     seed_int,
 )
-from support.device import find_device
+from support.device import find_device, own_gpu
 from support.images import read_image, resize_image
 from support.outputs import plan_outputs, write_results
 from support.volumes import is_volume, read_volume, slices_to_uint8
@@ -62,7 +62,7 @@ def parse_args(argv=None):
 # ---- from images to class ids ----
 
 
-def predict(model, images, steps=1, samples=1, seed=0, spacing="trailing"):
+def mean_and_std(model, images, steps=1, samples=1, seed=0, spacing="trailing"):
     """Images uint8 (H, W, 3) of any sizes -> probabilities (B, C, S, S) in [0, 1], the mean of the
     samples, and their standard deviation (B, 1, S, S), that of the least certain class.
 
@@ -88,7 +88,7 @@ def resize_prob(prob, size):
 
 def segment_images(model, images, steps=1, samples=1, seed=0, spacing="trailing"):
     """Images uint8 (H, W, 3) of any sizes -> a list of probabilities (C, H, W) at those sizes."""
-    prob, _ = predict(model, images, steps, samples, seed, spacing)
+    prob, _ = mean_and_std(model, images, steps, samples, seed, spacing)
     return [resize_prob(p, image.shape[:2]) for p, image in zip(prob, images)]
 
 
@@ -99,7 +99,7 @@ def predict_masks(model, images, args):
     progress = Progress(len(images), "slices")
     for i in range(0, len(images), args.batch_size):
         batch = images[i : i + args.batch_size]
-        results = predict(model, batch, args.steps, args.samples, args.seed)
+        results = mean_and_std(model, batch, args.steps, args.samples, args.seed)
         for image, prob, std in zip(batch, *results):
             size = image.shape[:2]
             ids = model.class_ids(resize_prob(prob, size)).numpy()
@@ -112,11 +112,18 @@ def predict_masks(model, images, args):
 
 
 def read_slices(path, config):
-    """-> slices uint8 (Z, H, W, 3), and the Geometry of a volume; of an image Z = 1, and None."""
+    """-> slices uint8 (Z, H, W, 3), and the Geometry of a volume; of an image Z = 1, and None.
+
+    Raises UserError.
+    """
     if not is_volume(path):
         return read_image(path)[None], None
     volume, geometry = read_volume(path)
-    return slices_to_uint8(volume, config.window, config.plane, config.context), geometry
+    slices = slices_to_uint8(volume, config.window, config.plane, config.context)
+    if 1 in slices.shape[1:3]:
+        raise UserError(f"{path}: holds one slice, which is not {config.plane}; the model segments "
+                        f"{config.plane} slices")  # fmt: skip
+    return slices, geometry
 
 
 def segment_files(model, jobs, args, pool):
@@ -177,8 +184,8 @@ def main(args):
     # 1. The files and the model. The processes of torchrun share the files, each has its own GPU
     rank, world_size, local_rank = rank_and_world_size()
     jobs = plan_outputs(args.paths, args.out)[rank::world_size]
-    gpu = f"cuda:{local_rank}" if torch.cuda.is_available() else None
-    device = find_device(gpu if args.device in (None, "cuda") else args.device)
+    gpu = own_gpu(local_rank) if args.device in (None, "cuda") else None
+    device = find_device(gpu or args.device)
     model = SDSeg.load(args.model or DEFAULT_WEIGHTS, device, args.precision)
 
     # 2. Segment: images in batches, each volume by itself

@@ -46,7 +46,7 @@ from support.panels import plot_panels, to_uint8
 from support.small_gpu import is_too_small, save_memory
 from support.weights import DEFAULT_WEIGHTS, read_weights
 
-RECIPES = {  # what the flags leave open, by the preset of the initial weights
+RECIPES = {  # by the preset of the initial weights; a flag of the same name goes first
     "paper": dict(steps=100_000, batch_size=4, lr=4e-5, warmup=1000, decay=False, eval_every=2000,
                   ema=0.9999, terminal_fraction=0.0, mask_weight=0.0, augment="flip"),
     "nano": dict(steps=5000, batch_size=16, lr=5e-4, warmup=200, decay=True, eval_every=250,
@@ -94,16 +94,16 @@ def cross_entropy_and_dice(logits, mask):
     return F.cross_entropy(logits, mask) + 1 - dice.mean()
 
 
-def weighted_loss(model, net, image, mask, z_0, t, noise, args):
-    """Eq. 3 and the loss on the decoded mask -> the loss that trains and its three parts, (4,), and
-    L_latent of each sample, (B,). `net` is the model, or what wraps it; t (B,) is on the CPU.
+def weighted_loss(model, net, image, mask, z_0, t, noise, latent_weight, mask_weight):
+    """-> loss, L_noise, L_latent and the loss on the decoded mask as one tensor (4,), and L_latent
+    of each sample (B,). `net` is the model, or DDP around it; t (B,) is on the CPU.
     """
     out = net(image, z_0, t.to(image.device, non_blocking=True), noise)
     noise_loss, latent_loss = out.noise_loss.mean(), out.latent_loss.mean()
     mask_loss = torch.zeros_like(noise_loss)
-    if args.mask_weight:
+    if mask_weight:
         mask_loss = decoded_mask_loss(model, out.z_0_estimate, mask, t)
-    loss = noise_loss + args.latent_weight * latent_loss + args.mask_weight * mask_loss
+    loss = noise_loss + latent_weight * latent_loss + mask_weight * mask_loss
     return torch.stack([loss, noise_loss, latent_loss, mask_loss]), out.latent_loss.detach()
 
 
@@ -119,7 +119,7 @@ def main(args):
     spec = find(args.data, args.root, args.split)
     model = make_model(args, spec, init)
     spec = replace(spec, context=model.config.context)
-    print0(f"{'goes on with' if args.resume else 'starts from'} {init}: {why}")
+    print0(f"goes on with {args.out}" if args.resume else f"starts from {init}: {why}")
     size, augment = model.config.image_size, None if args.augment == "none" else args.augment
     train_set = SegmentationData(spec, "train", size, augment, args.seed)
     val_set = SegmentationData(spec, "val", size)
@@ -129,19 +129,19 @@ def main(args):
     model.config = replace(model.config, mask_scale=1 / latent_std(model, train_set))
     describe(args, model, train_set, val_set, dtype, world_size)
 
-    # 3. Optimiser, moving average, gradient scaler: float16 needs a scale; at a scale of 1 the
-    #    scaler only skips steps with gradients that are not finite
+    # 3. Optimiser, moving average, gradient scaler. It scales the loss for float16 only; otherwise
+    #    its factor stays 1, and it just skips steps with gradients that are not finite
     recipe = recipe_of(model.config)
     trained = [p for p in model.parameters() if p.requires_grad]
-    small = is_too_small(device, trained)  # then the average is in host memory, see `update_ema`
-    if args.compile and small:
+    small_gpu = is_too_small(device, trained)  # then the average is in host memory: `update_ema`
+    if args.compile and small_gpu:
         print0("--compile is ignored: this GPU is too small for it")
     elif args.compile:  # with CUDA graphs, unless a step has parts or GPUs exchange gradients
         plain = world_size == args.accumulate == 1
         compile_networks(model, mode="reduce-overhead" if plain else "default")
-    ema, averages = make_ema(model, on_host=small)
-    ema_every = average_every(recipe["ema"]) if small else 1
-    if small:
+    ema, averages = make_ema(model, on_host=small_gpu)
+    ema_every = average_every(recipe["ema"]) if small_gpu else 1
+    if small_gpu:
         save_memory(model)
     optimizer = torch.optim.AdamW(trained, lr=args.lr, fused=True)
     scale = None if dtype == torch.float16 else 1.0
@@ -155,6 +155,7 @@ def main(args):
         run_state.write_settings(folder, vars(args), asdict(model.config))
     net = DistributedDataParallel(model) if world_size > 1 else model
     on_gpu, n = device.type == "cuda", args.batch_size
+    loss_weights = args.latent_weight, args.mask_weight
     batches = TrainingBatches(train_set, n, args.seed, rank, world_size)
     loader = DataLoader(batches, batch_size=None, sampler=range(start, args.steps),
                         num_workers=loader_workers(device), pin_memory=on_gpu,
@@ -170,7 +171,8 @@ def main(args):
         t, noise = sample_t_and_noise(n, model.latent_shape, generator, args.terminal_fraction,
                                       first=step * n)  # fmt: skip
         t, noise = (x[batches.share] for x in (t, noise))
-        noise = noise.pin_memory() if on_gpu else noise  # else its copy waits for the last step
+        if on_gpu:  # else their copies wait for the last step
+            t, noise = t.pin_memory(), noise.pin_memory()
         image, mask, noise = (x.to(device, non_blocking=True) for x in (image, mask, noise))
         losses, latent_losses = 0, []
         width = -(-len(t) // args.accumulate)  # of the parts; their gradients add up
@@ -180,8 +182,9 @@ def main(args):
             with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
                 with autocast():
                     z_0 = latents(mask[part], symmetries and symmetries[part])
-                    parts, latent_loss = weighted_loss(model, net, image[part], mask[part], z_0,
-                                                       t[part], noise[part], args)  # fmt: skip
+                    parts, latent_loss = weighted_loss(
+                        model, net, image[part], mask[part], z_0, t[part], noise[part],
+                        *loss_weights)  # fmt: skip
                 parts = parts * (len(t[part]) / len(t))
                 scaler.scale(parts[0]).backward()
             losses += parts.detach()
@@ -194,9 +197,12 @@ def main(args):
         done = step + 1
         due = done % args.eval_every == 0 or done == args.steps
         if due or done % ema_every == 0:
+            # The first step after the last update, which ema_every or eval_every caused
             since = max(step // k * k for k in (ema_every, args.eval_every))
             update_ema(averages, trained, step, recipe["ema"], since)
-        meter.update(losses, torch.cat(latent_losses), t.to(device), gradient_norm)
+        meter.update(
+            losses, torch.cat(latent_losses), t.to(device, non_blocking=True), gradient_norm
+        )
 
         # 6. Log, validate, save
         stopping = bool(stop)
@@ -205,9 +211,11 @@ def main(args):
         if rank == 0 and (done % LOG_EVERY == 0 or done == args.steps or stopping):
             log_losses(log, meter, done, lr, (time.monotonic() - began) / (done - start), args)
         if rank == 0 and due:
-            judged = copy.deepcopy(ema).for_inference(device, args.precision) if small else ema
+            judged = ema
+            if small_gpu:
+                judged = copy.deepcopy(ema).for_inference(device, args.precision)
             with autocast():
-                score = validate(judged, val_set, batch_size=4 if small else 16)
+                score = validate(judged, val_set, batch_size=4 if small_gpu else 16)
             write_image(folder / f"samples/{done:06d}.png", sample_strip(judged, val_set))
             log.write(step=done, val_dice=score)
             write_image(folder / "curves.png", plot_panels(curves(log)))
@@ -291,7 +299,7 @@ def in_words(score):
 
 @torch.no_grad()
 def sample_strip(model, data, n=6):
-    """uint8 image, one row an item: image | truth | prediction | 3 channels of its latent."""
+    """uint8 image, one row per item: image | truth | prediction | 3 channels of its latent."""
     n = min(n, len(data))
     batch = data.batch([(None, i * len(data) // n) for i in range(n)])
     image, truth = (batch[name].to(model.device) for name in ("image", "mask"))
@@ -315,7 +323,7 @@ def resolve_defaults(args, world_size, device):
             raise UserError(f"{args.resume}: its batches of {args.batch_size} images cannot be "
                             f"shared equally by {world_size} processes")  # fmt: skip
         best = Path(args.out) / "model.safetensors"  # not there before the first validation
-        return best if best.exists() else args.init, "as --resume says"
+        return best if best.exists() else args.init, ""
     why = "as --init says"
     if args.init is None:
         big = Path("weights/sd-v1.safetensors")
@@ -425,14 +433,17 @@ def parse_args(argv=None):
     amount, fraction = bounded(float, 0), bounded(float, 0, 1)
 
     add = parser.add_argument_group("data").add_argument
-    add("--data", help="cvc, kvasir, refuge2, btcv, sts3d, demo, several as a+b, or a folder")
+    add(
+        "--data",
+        help="cvc, kvasir, refuge2, btcv, btcv-organs, sts3d, demo, several as a+b, or a folder",
+    )
     add("--root", default="data", help="where the data sets are")
     add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
     add("--size", type=positive_int, help="pixels, H = W (default: that of the weights)")
     add("--context", choices=["repeat", "neighbours"],
         help="a volume slice's channels (default: those of the weights)")  # fmt: skip
     add("--augment", choices=["none", "flip", "full"],
-        help=f"full: flips, affine maps, colours {default['augment']}")  # fmt: skip
+        help=f"full: flips, crops, affine maps, colours {default['augment']}")  # fmt: skip
 
     add = parser.add_argument_group("the run").add_argument
     add("--resume", metavar="DIR", help="go on with a run; only --steps and --root may be changed")

@@ -19,7 +19,7 @@ from support.cli import Progress, atomic_write
 from support.folders import file_hash
 from support.images import resize_image, resize_mask
 
-VERSION = 7  # of the items; raise it when reading or resizing changes
+VERSION = 8  # of the items; raise it when reading or resizing changes
 
 
 def fingerprint(spec, part, size):
@@ -88,7 +88,7 @@ class LatentCache:
         self.encode, self.known = encode, {}
 
     def __call__(self, mask, keys):
-        """mask (B, H, W), an int a mask or None -> z_0 (B, 4, h, w). None: no mask comes again."""
+        """mask (B, H, W), an int for each -> z_0 (B, 4, h, w). keys None: no mask comes again."""
         if keys is None:
             return self.encode(mask)
         z_0 = [self.known.get(key) for key in keys]

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 CLEAR_LINE = "\r\x1b[K"  # empties the current line of a terminal
-ADVICE = (  # how exceptions that a user can do something about begin or read, and what to do
+ADVICE = (  # what the text of an exception holds, and then what the user can do
     ("out of memory", "out of memory; make the batch, the size or the model smaller"),
     ("allocate memory", "out of memory; make the batch, the size or the model smaller"),
     ("C++ compiler", "--compile needs a C++ compiler and finds none; run without it"),

@@ -39,7 +39,7 @@ def has_fast_bf16(device):
 def choose_dtype(device, precision):
     """The dtype for "fp32", "bf16", "fp16", or "auto": the fastest that keeps the masks.
 
-    "auto" is bfloat16 where the hardware has it, else float16 on a GPU, else float32.
+    "auto" is bfloat16 where the hardware has it, else float16 on cuda, else float32.
     """
     if precision == "auto":
         slow = "fp16" if device.type == "cuda" else "fp32"
@@ -78,10 +78,19 @@ def loader_workers(device):
     return min(12, os.cpu_count()) if device.type == "cuda" else 0
 
 
+def own_gpu(local_rank):
+    """The name of the GPU of this process of torchrun, or None on a machine without GPUs."""
+    n = torch.cuda.device_count()
+    if 0 < n <= local_rank:
+        raise UserError(f"process {local_rank} has no GPU: this machine has {n}; start fewer "
+                        "processes")  # fmt: skip
+    return f"cuda:{local_rank}" if n else None
+
+
 def init_distributed():
     """Join the other processes of torchrun, if there are any -> rank, world size, device."""
     rank, world_size, local_rank = rank_and_world_size()
-    device = find_device(f"cuda:{local_rank}" if torch.cuda.is_available() else None)
+    device = find_device(own_gpu(local_rank))
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if world_size > 1:

@@ -22,6 +22,8 @@ from support import images, volumes
 from support.cli import Progress, UserError, print0
 
 PARTS = ("train", "val", "test")
+FOLDER_PARTS = {"train": "train", "training": "train", "val": "val", "valid": "val",
+                "validation": "val", "test": "test", "testing": "test"}  # fmt: skip
 MAX_CLASSES = 14  # background included; `sdseg.class_colours` keeps as many colours apart
 TWO_CLASSES = ("background", "foreground")
 ENDINGS = (*images.IMAGE_ENDINGS, *volumes.VOLUME_ENDINGS)
@@ -139,7 +141,7 @@ def text_hash(text):
 
 
 def image_hashes(cases):
-    """16 hex digits a case: of SHA-256 of its image's bytes, or of a drawn image's seed."""
+    """16 hex digits per case: of SHA-256 of its image's bytes, or of a drawn image's seed."""
     hashes = (file_hash(c.image) if c.image else text_hash(f"demo {c.seed}") for c in cases)
     return tuple(digits[:16] for digits in hashes)
 
@@ -187,7 +189,8 @@ def pairs(image_folder, mask_folder, image_name=str):
         if names:
             first, more = min(names, key=natural_sort_key), len(names) - 1
             raise UserError(f"{folder}: no file for {first}{f' and {more} more' if more else ''}; "
-                            f"every image needs its mask{suffix_note(*lone)}")  # fmt: skip
+                            f"every image needs its mask, of the same name{suffix_note(*lone)}"
+                            )  # fmt: skip
     return [Case(n, left[n], right[n], group=n) for n in sorted(left, key=natural_sort_key)]
 
 
@@ -253,8 +256,9 @@ def mask_to_class_ids(mask, spec, path):
         return (mask.values > 127).astype(np.uint8)
     check_palette(mask, spec.palette, path)
     if mask.lossy or mask.values.max() >= len(spec.classes):
-        raise UserError(f"{path}: mask values {images.format_values(mask.values)}; wanted are the "
-                        f"class ids 0 to {len(spec.classes) - 1}, saved as PNG")  # fmt: skip
+        raise UserError(f"{path}: mask values {images.format_values(mask.values)}; the training "
+                        f"masks hold the class ids 0 to {len(spec.classes) - 1}: save this one the "
+                        "same way, without loss, or name all classes in classes.json")  # fmt: skip
     return mask.values
 
 
@@ -264,6 +268,9 @@ def check_black_and_white(mask, path):
     others, top = [v for v in seen if v not in (0, 255)], seen[-1]
     # Smooth edges have many greys; a single one, or any in a volume, is a class
     third = others and (len(others) == 1 or mask.values.ndim == 3 or max(others) < MAX_CLASSES)
+    if 1 < len(others) <= 4:  # of thin lines, more pixels are of a class than of white
+        counts = np.bincount(mask.values.ravel(), minlength=256)
+        third = third or counts[1:255].sum() > counts[255]
     black = top == 0 or mask.lossy and len(seen) == 1 and top <= 3  # JPEG may round 0 to 1
     plain = not (third and not mask.lossy) and (top > 127 or black)
     if not plain or images.has_flat_grey(mask.values):
@@ -285,7 +292,7 @@ def find_label_format(cases, names):
 
     `names` are those of classes.json, or None. Raises UserError where the values are not plain.
     """
-    values, palette, lossy, ids, odd = {0}, {}, False, None, None
+    values, palette, lossy, ids, odd = set(), {}, False, None, None
     progress = Progress(len(cases), "training masks read")
     for case in cases:
         mask, _ = load_mask(case)
@@ -326,7 +333,8 @@ def find_own(folder):
     if len(kinds) > 1:
         raise UserError(f"{kinds[True]}: a volume, {kinds[False]} is an image; keep them apart")
     cases = read_groups(folder / "groups.json", cases)
-    splits = read_split(folder / "split.json", cases) or split_by_hash(cases, folder)
+    splits = read_split(folder / "split.json", cases) or split_by_folder(cases, folders[0])
+    splits = splits or split_by_hash(cases, folder)
     names = read_classes(folder / "classes.json")
     label_format, classes, palette = find_label_format(splits["train"], names)
     not_read = count_kinds([path for where in folders for path in walk(where)[1]])
@@ -370,7 +378,7 @@ def read_groups(path, cases):
     lone = sorted(groups.keys() ^ {case.name for case in cases})
     if lone:
         what = "is not the name of an image" if lone[0] in groups else "has no group"
-        raise UserError(f"{path}: {lone[0]!r:.80} {what}")
+        raise UserError(f"{path}: {lone[0]!r:.80} {what}; names are like {cases[0].name!r:.80}")
     return [replace(case, group=groups[case.name]) for case in cases]
 
 
@@ -381,18 +389,41 @@ def read_split(path, cases):
                       '{"train": [..], "val": [..], "test": [..]}, none empty')  # fmt: skip
     if parts is None:
         return None
-    left, splits, part_of = {case.name: case for case in cases}, {part: [] for part in PARTS}, {}
+    left, splits = {case.name: case for case in cases}, {part: [] for part in PARTS}
     for part in PARTS:
         for name in map(nfc, parts[part]):
             if name not in left:
                 raise UserError(f"{path}: {name!r:.80} is not the name of an image, or it is "
-                                "listed twice")  # fmt: skip
-            case = left.pop(name)
-            splits[part].append(case)
+                                f"listed twice; names are like {cases[0].name!r:.80}")  # fmt: skip
+            splits[part].append(left.pop(name))
+    return keep_groups({part: tuple(splits[part]) for part in PARTS}, path)
+
+
+def keep_groups(splits, where):
+    """The splits. Raises UserError where a group is in two parts."""
+    part_of = {}
+    for part in PARTS:
+        for case in splits[part]:
             first = part_of.setdefault(case.group, part)
             if first != part:
-                raise UserError(f"{path}: the group {case.group} is in {first} and in {part}")
-    return {part: tuple(splits[part]) for part in PARTS}
+                raise UserError(f"{where}: the group {case.group} is in {first} and in {part}")
+    return splits
+
+
+def split_by_folder(cases, where):
+    """images/{train,val,test}/ -> splits; None unless all images lie in folders with such names.
+
+    Raises UserError if one of the parts is missing.
+    """
+    parts = [FOLDER_PARTS.get(case.name.partition("/")[0].lower()) for case in cases]
+    if None in parts:
+        return None
+    splits = {part: tuple(c for c, p in zip(cases, parts) if p == part) for part in PARTS}
+    if not all(splits.values()):
+        missing = ", ".join(part for part in PARTS if not splits[part])
+        raise UserError(f"{where}: its folders are parts, but there is none for {missing}; add it, "
+                        "or write split.json")  # fmt: skip
+    return keep_groups(splits, where)
 
 
 def split_by_hash(cases, where):

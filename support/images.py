@@ -1,7 +1,7 @@
 """Images and masks of images: reading, resizing, writing. No file is trusted.
 
-Images are uint8 (H, W, 3). A mask file is decoded to one uint8 value a pixel; what the values mean
-is decided in `folders.py`. Whatever a decoder raises becomes a UserError that names the file.
+Images are uint8 (H, W, 3). A mask file is decoded to one uint8 value per pixel; `folders.py`
+decides what the values mean. Whatever a decoder raises becomes a UserError that names the file.
 """
 
 import contextlib
@@ -20,9 +20,10 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # nothing else is opene
 LOSSLESS = ("PNG", "BMP", "TIFF", "GIF")
 OTHER_VOLUMES = (".dcm", ".ima", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr", ".img")
 SAVE_GREY = "save it as PNG with a grey value for each class: 0, 1, 2 and so on"
+BITS, PHOTOMETRIC, PLANAR = 258, 262, 284  # tags of TIFF
 CONVERT = "volumes are read as NIfTI; convert it, for example with dcm2niix"
 Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow warns above, and refuses above twice as many
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+warnings.filterwarnings("ignore", module="PIL")  # they name a line of Pillow's, not the file
 
 
 def is_other_volume(path):
@@ -42,42 +43,58 @@ def why_unreadable(path, kind, error):
         return f"{path}: empty file"
     if is_other_volume(path):
         return f"{path}: {CONVERT}"
+    if str(path).lower().endswith((".tif", ".tiff")):
+        kind = f"{kind}; a TIFF needs 8 or 16 bits without sign, or float32"
     return f"{path}: not a readable {kind} ({one_line(error)[:120]})"
 
 
 def open_image(path):
     """A decoded PIL image: the first frame, upright. Raises UserError.
 
-    Its `deep_colours` says whether colours have 16 bits, of which Pillow keeps the upper 8.
+    Its `deep_colours` says whether colours have 16 bits, of which Pillow keeps the upper 8, and its
+    `white_is_zero` whether a TIFF says so: Pillow then inverts 1 and 8 bits, and not more.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             if getattr(image, "n_frames", 1) > 1:
                 print(f"{path}: {image.n_frames} frames; the first is used", file=sys.stderr)
             deep_colours = image.mode.startswith("RGB") and ";16" in str(image.tile)
+            tags = getattr(image, "tag_v2", {})  # of a TIFF
+            white_is_zero = tags.get(PHOTOMETRIC) == 0
+            deep = max(tags.get(BITS, (8,))) > 8
+            if tags.get(PLANAR) == 2 and deep and not deep_colours:  # Pillow reads noise
+                raise UserError(
+                    f"{path}: a TIFF with one plane for each colour, of more than 8 "
+                    "bits; save it with the colours of a pixel side by side, or as PNG"
+                )
             image.load()
             if not image.mode.startswith(("I", "F")):
                 Image.new(image.mode, (1, 1)).convert("RGB")  # raises where Pillow cannot, as LAB
             upright = ImageOps.exif_transpose(image)
             upright.format, upright.deep_colours = image.format, deep_colours
+            upright.white_is_zero = white_is_zero
             return upright
+    except UserError:
+        raise
     except Exception as error:  # damaged files make Pillow raise many kinds of exceptions
         raise UserError(why_unreadable(path, "image", error)) from None
 
 
 def exif_orientation(path):
-    """1 to 8. Other numbers are in use and mean nothing, as 1 does."""
+    """-> 1 to 8, and the size as stored. Other numbers are in use and mean nothing, as 1 does."""
     with Image.open(path, formats=FORMATS) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return orientation if orientation in range(1, 9) else 1
+        return orientation if orientation in range(1, 9) else 1, image.size
 
 
 def compare_exif(image, mask):
     """An image and its mask -> None, or what to know where EXIF turns them differently."""
-    a, b = exif_orientation(image), exif_orientation(mask)
-    if a == b:
+    (a, size), (b, mask_size) = exif_orientation(image), exif_orientation(mask)
+    drawn_upright = a > 4 and b == 1 and mask_size == size[::-1] != size
+    if a == b or drawn_upright:
         return None
-    return f"EXIF orientation {a} in the image, {b} in its mask: they are turned differently"
+    return (f"EXIF orientation {a} in the image, {b} in its mask: they are turned differently; "
+            "save both again without it")  # fmt: skip
 
 
 # ---- images ----
@@ -95,9 +112,13 @@ def finite(values, path):
 
 
 def intensity_window(values):
-    """(low, high): the 0.5 and 99.5 percentiles, so that a few extreme values decide nothing."""
+    """(low, high): the 0.5 and 99.5 percentiles, so that a few extreme values decide nothing.
+
+    Where they are equal, as in a volume that is empty but for a vessel: the extremes.
+    """
     sample = values.ravel()[:: max(1, values.size // 1_000_000)]
-    return np.percentile(sample, [0.5, 99.5]).tolist()
+    low, high = np.percentile(sample, [0.5, 99.5]).tolist()
+    return (low, high) if low < high else (float(values.min()), float(values.max()))
 
 
 def window_to_uint8(values, window):
@@ -118,12 +139,15 @@ def read_image(path):
         print(f"{path}: colours of 16 bits; the upper 8 are used", file=sys.stderr)
     if image.mode.startswith(("I", "F")):
         values = finite(np.asarray(image, dtype=np.float32), path)
+        values = -values if image.white_is_zero else values
         # A burnt-in mark has one extreme value and often covers more than 0.5 %
         inner = values[(values > values.min()) & (values < values.max())]
         window = intensity_window(inner if inner.size and np.ptp(inner) else values)
         return np.repeat(window_to_uint8(values, window)[..., None], 3, axis=2)
     if image.has_transparency_data:
         image = image.convert("RGBA")
+        if not image.getchannel("A").getbbox():  # the alpha channel is not in use
+            image.putalpha(255)
         image = Image.alpha_composite(Image.new("RGBA", image.size, (0, 0, 0, 255)), image)
     return np.asarray(image.convert("RGB"))
 
@@ -165,8 +189,12 @@ def read_mask(path):
     lossy = image.format not in LOSSLESS or image.info.get("compression") in ("jpeg", "webp")
     if image.deep_colours:
         raise UserError(f"{path}: a mask in colours of 16 bits; {SAVE_GREY}")
+    if image.white_is_zero:
+        raise UserError(f"{path}: a TIFF in which 0 is white: it may be meant the other way round; "
+                        f"{SAVE_GREY}")  # fmt: skip
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
+        finite(values, path)  # one of the values must be
         white = values.max() == 65535 and set(np.unique(values)) <= {0, 65535}
         return Mask(whole_numbers(values // 257 if white else values, path), {}, lossy)
     if image.mode == "P" and "transparency" in image.info:
@@ -175,11 +203,19 @@ def read_mask(path):
     palette = palette_colours(image, path) if image.mode == "P" else {}
     if palette:
         return Mask(np.asarray(image), palette, lossy)
+    # A colour that stands for transparency; black changes nothing
+    if image.mode == "P" or image.info.get("transparency", 0) not in (0, (0, 0, 0)):
+        image = image.convert("RGBA")
     rgb = np.asarray(image.convert("RGB"))
     alpha = np.asarray(image.getchannel("A")) if image.mode in ("RGBA", "LA", "PA") else None
     if alpha is None or alpha.min() == alpha.max() > 0:
         return Mask(grey_values(rgb, lossy, path), {}, lossy)
-    return Mask(cut_out(rgb, alpha, lossy, path), {}, lossy)
+    values = cut_out(rgb, alpha, lossy, path)
+    shape = rgb[values == 255]
+    if lossy or not len(shape):
+        return Mask(values, {}, lossy)
+    # The shapes of two classes differ by their colours: `folders.check_palette` compares them
+    return Mask(values, {255: tuple(np.median(shape, axis=0).astype(int).tolist())}, lossy)
 
 
 def cut_out(rgb, alpha, lossy, path):

@@ -121,27 +121,30 @@ def orientation_of(affine):
     return RAS if np.isnan(orientation).any() else orientation
 
 
-def spacing_in_space(path):
-    """-> (3,) millimetres from voxel to voxel along X, Y, Z in RAS. Only the header is read.
+def grid_in_space(path):
+    """-> numbers of voxels (3,) and millimetres from voxel to voxel (3,), along X, Y, Z in RAS.
 
-    Raises UserError.
+    Only the header is read. Raises UserError.
     """
     try:
         with open_file(path) as file:
-            affine = read_header(file)[1].get_best_affine()
-        return voxel_sizes(affine)[np.argsort(orientation_of(affine)[:, 0])]
+            header = read_header(file)[1]
+        affine, shape = header.get_best_affine(), (*header.get_data_shape(), 1, 1)[:3]
+        order = np.argsort(orientation_of(affine)[:, 0])
+        return np.take(shape, order), voxel_sizes(affine)[order]
     except Exception as error:  # damaged files make nibabel raise many kinds of exceptions
         raise UserError(images.why_unreadable(path, "NIfTI volume", error)) from None
 
 
 def choose_plane(paths):
     """How the volumes of a data set are sliced: axially, unless another axis of space has a
-    spacing (the median over the volumes) of more than 1.5 times both others'.
+    spacing (the median over the volumes) of more than 1.5 times both others', or a single voxel.
     """
     spacings = []
     for path in paths:
         with contextlib.suppress(UserError):  # raised again where the volume is read
-            spacings.append(spacing_in_space(path))
+            voxels, spacing = grid_in_space(path)
+            spacings.append(np.where(voxels == 1, np.inf, spacing))
     spacing = np.median(spacings or [(1, 1, 1)], axis=0)
     for plane, (axis, *others) in PLANES.items():
         if spacing[axis] > 1.5 * spacing[others].max():

@@ -276,6 +276,23 @@ def each(root, change, *folders):
         change(path)
 
 
+def by_part(root, *parts):
+    """Sort the pairs into subfolders in turn."""
+    for i, name in enumerate(CASES):
+        for kind in BOTH:
+            path = root / kind / parts[i % len(parts)] / f"{name}.png"
+            path.parent.mkdir(exist_ok=True)
+            (root / kind / f"{name}.png").rename(path)
+
+
+def test_subfolders_may_be_the_parts(tmp_path):
+    """images/{train,val,test} is the split; subfolders of other names are not, and it is said."""
+    root = folder(tmp_path / "parts")
+    by_part(root, "train", "Validation", "test")
+    assert sizes(find(str(root))) == [4, 3, 3]
+    assert find(str(root)).splits["val"][0].name == "Validation/case1"
+
+
 BAD = {  # the words of the refusal: what is done to a folder of 10 pairs
     "no file for case3; every": lambda r: (r / "masks/case3.png").unlink(),
     "same name": lambda r: save(r / "masks/case3.jpg", np.zeros((9, 9), np.uint8)),
@@ -287,6 +304,8 @@ BAD = {  # the words of the refusal: what is done to a folder of 10 pairs
     "'case1' .* listed twice": lambda r: write(r, "split", {p: ["case1"] for p in PARTS}),
     "2 to 14 different names": lambda r: write(r, "classes", ["a", "a"]),
     "'case1' has no group": lambda r: write(r, "groups", {"case0": "p"}),
+    "names are like 'case0'": lambda r: write(r, "split", {p: ["case1.png"] for p in PARTS}),
+    "there is none for test": lambda r: by_part(r, "train", "val"),
     "is in train and in val": lambda r: [write(r, "groups", dict.fromkeys(CASES, "p")),
                                          write(r, "split", {p: [c] for p, c in zip(PARTS, CASES)})],
 }  # fmt: skip
@@ -422,6 +441,19 @@ def test_the_check_counts_measures_and_finds_what_is_odd(tmp_path, capsys):
     assert check(root, "--list", "train") == 0 and capsys.readouterr().out.split() == CASES[:8]
     with pytest.raises(UserError, match="another --out"):
         check(root, "--out", root / "masks/case1.png")
+
+
+def test_the_check_asks_about_inverted_masks_and_divided_folders(tmp_path, capsys):
+    """Foreground in all corners of most masks; a subfolder, perhaps a patient, in two parts."""
+    root = folder(tmp_path / "own", masks=[255])
+    by_part(root, "patient 1", "patient 2")
+    assert check(root, "--out", tmp_path / "sheet.png") == 1
+    printed = capsys.readouterr().out
+    assert "train masks are foreground in all four corners: are they inverted?" in printed
+    assert "2 of 2 folders" in printed and "write groups.json" in printed
+    write(root, "groups", {f"patient {1 + i % 2}/{c}": f"p{i}" for i, c in enumerate(CASES)})
+    check(root, "--out", tmp_path / "sheet.png")
+    assert "groups.json" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["image", "NIfTI volume"])

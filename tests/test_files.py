@@ -66,6 +66,30 @@ def test_exif_turns_upright_and_one_sided_exif_is_said(tmp_path):
     assert read_image(upright).shape == (20, 30, 3) and read_image(turned).shape == (30, 20, 3)
     assert compare_exif(turned, turned) is None
     assert "6 in the image, 1 in its mask" in compare_exif(turned, upright)
+    Image.new("L", (20, 30)).save(tmp_path / "drawn upright.png")
+    assert compare_exif(turned, tmp_path / "drawn upright.png") is None
+
+
+def test_tiffs_that_pillow_would_read_wrong(tmp_path):
+    """White as 0: deep images are inverted, masks refused. Planes of 16 bits are refused."""
+    path, values = tmp_path / "x.tif", np.arange(600, dtype=np.uint16).reshape(20, 30)
+    Image.fromarray(values).save(path)
+    plain, content = read_image(path), path.read_bytes()
+    photometric = struct.pack("<HHIH", 262, 3, 1, 1)
+    assert photometric in content
+    path.write_bytes(content.replace(photometric, struct.pack("<HHIH", 262, 3, 1, 0)))
+    assert np.abs(255 - plain.astype(int) - read_image(path)).max() <= 1
+    with pytest.raises(UserError, match="0 is white"):
+        read_mask(path)
+    Image.fromarray(values).save(path, tiffinfo={284: 2})
+    for read in (read_image, read_mask):
+        with pytest.raises(UserError, match="one plane for each colour"):
+            read(path)
+
+
+def test_an_alpha_channel_that_is_not_in_use_hides_nothing(tmp_path):
+    Image.fromarray(np.dstack([NOISE, NOISE[..., 0] * 0])).save(tmp_path / "x.png")
+    assert np.array_equal(read_image(tmp_path / "x.png"), NOISE)
 
 
 def test_the_first_of_several_frames_is_used(tmp_path, capsys):
@@ -142,6 +166,18 @@ def cut_out_by_index(i):
     return image
 
 
+def white_transparent(i):
+    """A black disc on white; the colour white stands for transparency."""
+    image = grey(i).point(lambda v: 255 - v)
+    image.info["transparency"] = 255
+    return image
+
+
+def thin_lines(i):
+    """Two classes as lines of one and two pixels, 100 and 200."""
+    return Image.fromarray(np.where(Y % 9 == 4, 100, np.where(X % 11 < 2, 200, 0)).astype(np.uint8))
+
+
 def bordered(i):
     """Class ids with a border of 255 around them, as VOC marks what is not to be scored."""
     wide = np.asarray(Image.fromarray(IDS[i] > 0).convert("L").filter(ImageFilter.MaxFilter(5)))
@@ -214,6 +250,11 @@ REFUSED = {  # what, ending: how to make mask i, the words of the refusal
     "two palettes.png": (lambda i: indexed(IDS[i], VOC if i else VOC[:3] + VOC[6:9] + VOC[3:6]),
                          "use one palette"),
     "black cut out.png": (lambda i: cutout(i, (0, 0, 0)), "a dark shape on transparency"),
+    "white is transparent.png": (white_transparent, "a dark shape on transparency"),
+    "cut out in two colours.png": (lambda i: cutout(i, (255, 9 * (i % 2), 0)), "use one palette"),
+    "1 and 2.png": (lambda i: Image.fromarray(DISC[i] + np.uint8(1)), "holds class id 0"),
+    "thin lines.png": (thin_lines, "mask values 0, 100, 200"),
+    "all NaN.tif": (lambda i: Image.fromarray(DISC[i] * np.float32(np.nan)), "is finite"),
     "255 among class ids.png": (lambda i: grey(i, 1, 2 if i else 255), "mask values 0, 1, 255"),
     "another size.png": (lambda i: grey(i).resize((48, 48)), "a mask of .48, 48., but"),
 }  # fmt: skip
@@ -290,6 +331,20 @@ def test_slices_are_cut_across_the_widest_spacing(plane, spacings, tmp_path):
         nib.save(volume, paths[-1])
     (tmp_path / "bad.nii").write_bytes(b"reported where it is read")
     assert choose_plane([*paths, tmp_path / "bad.nii"]) == plane
+
+
+def test_a_single_slice_is_cut_as_it_lies(tmp_path):
+    """An axis of one voxel is the slicing axis, whatever its spacing."""
+    for axis, plane in enumerate(("sagittal", "coronal", "axial")):
+        shape = np.insert([20, 6], axis, 1)
+        assert choose_plane([save_volume(tmp_path / f"{plane}.nii", np.zeros(shape))]) == plane
+
+
+def test_a_volume_that_is_almost_empty_keeps_its_grey_values():
+    """A vessel of less than half a per cent: the percentiles are 0, so the extremes are taken."""
+    volume = np.zeros((50, 50, 20), np.float32)
+    volume[:5, :5, :4] = np.linspace(100, 900, 100).reshape(5, 5, 4)
+    assert len(np.unique(slices_to_uint8(volume, None, "axial", "repeat"))) > 50
 
 
 def test_odd_volumes_are_read(tmp_path):

@@ -219,11 +219,13 @@ def test_one_bad_file_does_not_stop_the_rest(model, tmp_path, capsys):
     draw(tmp_path / "in/a.png"), draw(tmp_path / "in/z.png"), draw(tmp_path / f"in/{'x' * 250}.png")
     for name in ("bad.png", "worse.nii.gz"):
         (tmp_path / "in" / name).write_bytes(b"neither image nor volume")
+    nib.save(nib.Nifti1Image(np.zeros((1, 20, 20), np.uint8), np.eye(4)), tmp_path / "in/one.nii")
     assert run(tmp_path / "in", model=model, out=tmp_path / "o") == 1
     assert masks_in(tmp_path / "o") == ["a_mask.png", "z_mask.png"]
     errors = capsys.readouterr().err
     assert errors.count("bad.png: ") == errors.count("worse.nii.gz: ") == 1
     assert errors.count("xx.png: not written: ") == 1
+    assert "one.nii: holds one slice, which is not axial" in errors
     assert run(tmp_path / "in/bad.png", model=model, out=tmp_path / "p") == 2
     assert not (tmp_path / "p").exists()
 

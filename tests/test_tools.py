@@ -82,7 +82,7 @@ def test_a_threshold_is_chosen_on_validation_images(tmp_path, monkeypatch, capsy
 
     folder, file = disc_folder(tmp_path / "own"), save_tiny(tmp_path / "tiny.safetensors")
     out = str(tmp_path / "out.safetensors")
-    monkeypatch.setattr(calibrate, "predict", brightness)
+    monkeypatch.setattr(calibrate, "mean_and_std", brightness)
     calibrate.main(calibrate.parse_args(["--data", str(folder), "--model", file, "--out", out]))
     text = capsys.readouterr().out
     config = SDSeg.load(out).config

@@ -15,7 +15,6 @@ import statistics
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -23,7 +22,7 @@ from torch.utils.data import DataLoader
 
 import train
 from data import SegmentationData, TrainingBatches, find
-from infer import predict
+from infer import mean_and_std
 from sdseg import PRESETS, SDSeg, T
 from support.cache import LatentCache
 from support.cli import ArgumentParser, bounded, format_duration, positive_int, run_command
@@ -101,7 +100,7 @@ def peak_of(call, device):
 def prob_of_demo(model, n=4):
     """Probabilities of n demo images, one at a time, always from the same noise."""
     images = [draw_demo(seed, model.config.image_size)[0] for seed in range(n)]
-    return torch.cat([predict(model, [image])[0] for image in images])
+    return torch.cat([mean_and_std(model, [image])[0] for image in images])
 
 
 def difference(model, prob, exact):
@@ -251,7 +250,6 @@ def training_step(config, recipe, batch, device, dtype, compiled=False, small_gp
     scale = None if dtype == torch.float16 else 1.0
     scaler = torch.amp.GradScaler(device.type, scale or 2.0**16, enabled=device.type != "mps")
     latents = LatentCache(model.encode_mask)
-    weights = SimpleNamespace(latent_weight=1.0, mask_weight=recipe["mask_weight"])
     image, mask, symmetries = batch
     shape = model.latent_shape
     t, noise = train.sample_t_and_noise(len(mask), shape, None, recipe["terminal_fraction"])
@@ -263,7 +261,8 @@ def training_step(config, recipe, batch, device, dtype, compiled=False, small_gp
     def step():
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             z_0 = latents(mask, symmetries)
-            values, _ = train.weighted_loss(model, model, image, mask, z_0, t, noise, weights)
+            values, _ = train.weighted_loss(model, model, image, mask, z_0, t, noise, 1.0,
+                                            recipe["mask_weight"])  # fmt: skip
         scaler.scale(values[0]).backward()
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from data import SegmentationData, square_crop
-from infer import predict
+from infer import mean_and_std
 from sdseg import SDSeg
 from support.cli import ArgumentParser, Progress, UserError, run_command
 from support.device import find_device
@@ -54,7 +54,7 @@ def probabilities(model, images, batch_size=16):
     """Images uint8 (S, S, 3) -> a tensor (N, 1, S, S), single step, noise of seed 0."""
     result, progress = [], Progress(len(images), "images")
     for i in range(0, len(images), batch_size):
-        result.append(predict(model, images[i : i + batch_size])[0])
+        result.append(mean_and_std(model, images[i : i + batch_size])[0])
         progress.step(len(result[-1]))
     return torch.cat(result)
 

@@ -41,6 +41,7 @@ def tile(image, ids, side=112):
 def describe(spec, part, problems):
     """Print a part's line and append what is odd to `problems` -> tiles of up to 8 cases."""
     pixels, sizes, empty, tiles = np.zeros(len(spec.classes)), set(), [], []
+    inverted = 0  # masks with foreground in all four corners
     cases = spec.splits[part]
     progress = Progress(len(cases), f"{part} cases checked")
     for n, case in enumerate(cases):
@@ -54,6 +55,7 @@ def describe(spec, part, problems):
         sizes.add(ids.shape[::-1])
         if not ids.any():
             empty.append(case.name)
+        inverted += ids[..., [0, 0, -1, -1], [0, -1, 0, -1]].all()
         if n % max(1, len(cases) // 8) == 0 and len(tiles) < 8:
             tiles.append(tile(image, ids))
     if not sizes:
@@ -65,6 +67,9 @@ def describe(spec, part, problems):
     print(f"{part:5}  {len(cases)} cases, {span}; {shares}; {len(empty)} empty masks{names}")
     if part == "train" and not pixels[1:].any():
         problems.append(f"no mask of the {part} part holds any foreground")
+    if inverted > len(cases) / 2:
+        problems.append(f"{inverted} of {len(cases)} {part} masks are foreground in all four "
+                        "corners: are they inverted?")  # fmt: skip
     return tiles
 
 
@@ -76,6 +81,19 @@ def duplicates(spec):
             other, name = first.setdefault(digest, (part, case.name))
             if other != part:
                 yield f"same image in two parts: {other} {name} and {part} {case.name}"
+
+
+def divided_folders(spec):
+    """A line on folders of images with cases in two parts: a folder may be a patient."""
+    parts = {}
+    for part in PARTS:
+        for case in spec.splits[part]:
+            if case.group == case.name and "/" in case.name:  # in no groups.json, in a subfolder
+                parts.setdefault(case.image.parent, set()).add(part)
+    divided = sorted(folder for folder, found in parts.items() if len(found) > 1)
+    if divided:
+        yield (f"{len(divided)} of {len(parts)} folders, such as {divided[0]}, have images in two "
+               "parts: if a folder is a patient or a video, write groups.json")  # fmt: skip
 
 
 def main(args):
@@ -94,6 +112,8 @@ def main(args):
     problems = []
     rows = [describe(spec, part, problems) for part in PARTS]
     problems += duplicates(spec)
+    if Path(args.data).is_dir():
+        problems += divided_folders(spec)
     if spec.not_read:
         print(spec.not_read)
     print("\n".join([*problems, f"odd: {len(problems) or 'nothing'}"]))

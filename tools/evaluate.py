@@ -23,12 +23,20 @@ from data import find, load_case, print_remarks
 from infer import segment_images
 from sdseg import SDSeg
 from support import metrics
-from support.cli import ArgumentParser, Progress, UserError, atomic_write, positive_int, run_command
+from support.cli import (
+    ArgumentParser,
+    Progress,
+    UserError,
+    atomic_write,
+    positive_int,
+    run_command,
+    seed_int,
+)
 from support.device import device_name, find_device
 from support.folders import PARTS, file_hash, image_hashes, natural_sort_key
 from support.images import write_image
 from support.panels import fit_tile, grid, overlay, plot_lines
-from support.volumes import PLANES, spacing_in_space
+from support.volumes import PLANES, grid_in_space
 from tools import stability
 
 TITLES = {"dice": "Dice", "iou": "IoU", "hd95": "HD95", "benchmark_dice": "PraNet's mDice"}
@@ -42,7 +50,7 @@ CSV = {"newline": "", "encoding": "utf-8", "errors": "surrogateescape"}
 def parse_args(argv=None):
     parser = ArgumentParser("Score a trained model on a data set; see also the README.")
     add = parser.add_argument_group("what is scored").add_argument
-    add("--data", required=True, help="cvc, kvasir, refuge2, btcv, sts3d, demo, a+b, or a folder")
+    add("--data", required=True, help="a data set as in train.py")
     add("--model", required=True, metavar="FILE", help="weights that train.py wrote")
     add("--root", default="data", help="the folder that holds the data sets")
     add("--part", default="test", choices=PARTS, help="the part to score")
@@ -56,7 +64,7 @@ def parse_args(argv=None):
     add("--samples", type=positive_int, default=1, help="samples per image, averaged")
     spacing = "of the DDIM steps; leading is the published code's, for comparison"
     add("--spacing", default="trailing", choices=["trailing", "leading"], help=spacing)
-    add("--seed", type=int, default=0, help="of the noise; repeats use the seeds after it")
+    add("--seed", type=seed_int, default=0, help="of the noise; repeats use the seeds after it")
 
     add = parser.add_argument_group("further measurements").add_argument
     add("--stability", type=positive_int, metavar="N", help="compare N seeds (Table 5)")
@@ -179,7 +187,7 @@ def score(model, spec, cases, args, steps, seeds, similarity=None):
         counts.append([metrics.pixel_counts(ids, truth, k) for ids in predictions])
         spacing = (1, 1)
         if spec.volumes:  # the millimetres between slices, rows and columns
-            spacing = spacing_in_space(cases[number].mask)[list(PLANES[spec.plane])]
+            spacing = grid_in_space(cases[number].image)[1][list(PLANES[spec.plane])]
         details.append(case_details(predictions[0], truth, k, spacing))
         if k == 2 and not spec.volumes:
             details[-1]["benchmark_dice"] = metrics.benchmark_dice(probs[0][0].numpy(), truth)
