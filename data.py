@@ -228,8 +228,8 @@ def print_remarks(remarks):
 def crop_to_disc(image, values, ids):
     """REFUGE: a full fundus is cut to a square of twice the optic disc; a disc crop stays.
 
-    The paper segments the cup in disc crops. The disc is found in the mask, so this crop knows the
-    truth, as in the published protocol.
+    The paper segments the cup in disc crops. Here the disc is found in the true mask; the published
+    data are cut by a predicted disc.
     """
     rows, columns = np.nonzero(values < 192)  # 0 is the cup, 128 the rest of the disc
     if not len(rows):
@@ -282,7 +282,7 @@ class SegmentationData(torch.utils.data.Dataset):
         return np.random.default_rng([self.seed, epoch, index]).random(16)
 
     def symmetry_ids(self, samples):
-        """[(epoch, index)] -> an int a sample, equal for equal masks; None if every mask is new."""
+        """[(epoch, index)] -> ints that are equal for equal masks; None if every mask is new."""
         if self.augment == "full":
             return None
         flips = self.augment and self.flips

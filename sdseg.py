@@ -1,8 +1,8 @@
 """SDSeg: latent diffusion segmentation with a single-step reverse process (MICCAI 2024).
 
 The segmentation map X and the image C meet in a latent space: z_0 = E(X) by a frozen autoencoder,
-z_c = tau(C) by a trainable encoder. A U-Net sees [z_t, z_c] and predicts the noise. One call at
-the noisiest step, Eq. 2 and the decoder give the map.
+z_c = tau(C) by a trainable encoder. A U-Net sees [z_t, z_c] and predicts the noise (nano: z_0).
+One call at the noisiest step, Eq. 2 and the decoder give the map.
 Letters: B batch, C channels, H W pixels, h w latent pixels (H/8; nano: H/4), K classes, T steps,
 z_0 mask latent, z_t its noisy version, z_c image latent, eps noise, t step (B,) int64.
 """
@@ -31,7 +31,7 @@ class SDSegConfig:
     unet: UNetConfig = UNetConfig()
     beta_start: float = 0.00085  # the schedule is linear in sqrt(beta)
     beta_end: float = 0.012
-    zero_terminal_snr: bool = False  # z_t at T - 1 is pure noise, in training as in inference
+    zero_terminal_snr: bool = False  # z_t at T - 1 is pure noise in training too; "eps" ignores it
     prediction: Literal["eps", "x0", "v"] = "eps"  # what the U-Net predicts; the paper: eps
     fusion: Literal["concat", "cross"] = "concat"  # how it sees z_c; cross: as a context
     image_scale: float = 0.18215  # z_c = image_scale * tau(C)

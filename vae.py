@@ -93,6 +93,8 @@ def resnet_blocks(c_in, c_out, n):
 
 
 class DownLevel(nn.Module):
+    """Residual blocks, then half the side; the last level keeps it."""
+
     def __init__(self, c_in, c_out, n, last):
         super().__init__()
         self.block = resnet_blocks(c_in, c_out, n)
@@ -101,10 +103,12 @@ class DownLevel(nn.Module):
     def forward(self, x):                                          # (B, c_in, H, W)
         for block in self.block:
             x = block(x)                                           # (B, c_out, H, W)
-        return self.downsample(x)                                  # (B, c_out, H/2, W/2), last H, W
+        return self.downsample(x)                                  # (B, c_out, H/2, W/2)
 
 
 class UpLevel(nn.Module):
+    """Residual blocks, then twice the side; the last level keeps it."""
+
     def __init__(self, c_in, c_out, n, last):
         super().__init__()
         self.block = resnet_blocks(c_in, c_out, n)
@@ -113,11 +117,11 @@ class UpLevel(nn.Module):
     def forward(self, x):                                          # (B, c_in, H, W)
         for block in self.block:
             x = block(x)                                           # (B, c_out, H, W)
-        return self.upsample(x)                                    # (B, c_out, 2H, 2W), last H, W
+        return self.upsample(x)                                    # (B, c_out, 2H, 2W)
 
 
 class Encoder(nn.Module):
-    """Image -> mean and log-variance, which `quant_conv` still has to mix."""
+    """Image -> 8 channels, from which `quant_conv` makes mean and log-variance."""
 
     def __init__(self, config):
         super().__init__()

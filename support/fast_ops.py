@@ -52,7 +52,7 @@ class Upsample(nn.Module):
         pixels, channels = x.shape[0] * x.shape[2] * x.shape[3], x.shape[1]
         if x.device.type != "cpu" or pixels < channels:
             return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        # On a CPU: one transposed convolution of 4 products a pixel instead of 9, because
+        # On a CPU: one transposed convolution of 4 products per pixel instead of 9, because
         # weights that meet copies of the same pixel can be added beforehand.
         weight = self.conv.weight.flip(2, 3).transpose(0, 1)
         weight = F.avg_pool2d(weight, 2, stride=1, padding=1, divisor_override=1)  # (C, C, 4, 4)

@@ -187,7 +187,7 @@ def bootstrap_interval(values, groups, resamples=5000):
 
 @torch.no_grad()
 def latent_std(model, data, n=512):
-    """Standard deviation of the unscaled latents of about n training masks, not augmented."""
+    """Standard deviation of the unscaled latents of n to 2 n masks, not augmented."""
     latents, indices = [], range(0, len(data), max(1, len(data) // n))
     progress = Progress(len(indices), "masks encoded")
     for i in range(0, len(indices), 16):
@@ -199,7 +199,7 @@ def latent_std(model, data, n=512):
 
 @torch.no_grad()
 def vae_dice(model, data, n=16):
-    """Mean Dice of about n masks after encoding and decoding: what exact latents would give."""
+    """Mean Dice of n to 2 n masks after encoding and decoding: what exact latents would give."""
     scores = []
     for i in range(0, len(data), max(1, len(data) // n)):
         mask = data.batch([(None, i)])["mask"].to(model.device)

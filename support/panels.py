@@ -70,7 +70,7 @@ def grid(tiles, columns):
 
 
 def plot_panels(panels):
-    """[(title, {name: (x, y)}, x_labels, y_range)] -> uint8 (420, 460 N, 3): one plot a title.
+    """[(title, {name: (x, y)}, x_labels, y_range)] -> uint8 (420, 460 N, 3): one plot per title.
 
     x and y are sequences of equal length; y may hold nan. x_labels {text: x}, or None for round
     numbers from 0; y_range (low, high), or None for that of the values. Of these the largest 2 %

@@ -157,7 +157,7 @@ class FirstSteps:
         self.device, self.steps, self.told, self.began = device, -skip, False, time.monotonic()
 
     def step(self):
-        """-> seconds a step; None before and after the one time."""
+        """-> seconds per step; None before and after the one time."""
         self.steps += 1
         if self.steps == 0:
             synchronize(self.device)

@@ -2,7 +2,7 @@
 
 Every row of two experiments is trained with several seeds and scored on validation images. Each
 (row, seed) leaves one small JSON in --out; a second call goes on where the first was stopped.
-`--report` makes two tables and a figure of the JSONs. Rows differ from the row that they are
+`--report` makes three tables and a figure of the JSONs. Rows differ from the row that they are
 compared with in what their line in TABLE says, and in nothing else: same data, batches and steps.
 Latents have 8 x 8 pixels in all rows: images of 64 px with the f8 autoencoder, of 32 px with the f4
 one. This command trains both autoencoders; the rows keep them frozen. The rate is constant after a
@@ -35,6 +35,7 @@ from support.cli import (
     positive_int,
     print_line,
     run_command,
+    seed_int,
 )
 from support.device import device_name, find_device
 from support.folders import file_hash
@@ -425,7 +426,7 @@ def row_names(text):
 
 
 def seed_list(text):
-    return [bounded(int, 0, 2**32 - 1)(seed) for seed in text.split(",")]
+    return [seed_int(seed) for seed in text.split(",")]
 
 
 def main(args):

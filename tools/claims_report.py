@@ -1,4 +1,4 @@
-"""Two tables and a figure of the runs of `tools.claims`, from their JSONs alone.
+"""Three tables and a figure of the runs of `tools.claims`, from their JSONs alone.
 
 Differences are paired: two rows are compared seed by seed and image by image. Letters: N images.
 """
@@ -87,7 +87,7 @@ def markdown(rows):
 
 
 def score_table(experiment, results):
-    """{row: (compared with, changes)}, {row: {seed: result}} -> one line a row with results."""
+    """{row: (compared with, changes)}, {row: {seed: result}} -> one line per row with results."""
     extra = {
         k: title
         for k, title in EXTRA.items()
@@ -133,7 +133,7 @@ def more_calls(runs, key, groups):
 
 
 def error_table(results):
-    """One line a row with z_0 estimates: error / Dice at each noise level, means over the seeds."""
+    """A line for each row with z_0 estimates: error / Dice by noise level, means over the seeds."""
     lines = []
     for name, runs in results.items():
         errors = [run["z_0_errors"] for run in runs.values() if run["z_0_errors"]]

@@ -117,7 +117,7 @@ def main(args):
                 score = train.validate(ema.eval(), val_set)
             print(f"step {done}  loss {loss.item():.4f}  {train.in_words(score)}  "
                   f"{time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
-            if score > best:
+            if not score <= best:  # better, or undefined
                 best = score
                 write_weights(file, ema.state_dict(), ema.config)
 

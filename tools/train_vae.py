@@ -1,9 +1,9 @@
 """Train the small autoencoder of nano: `python -m tools.train_vae --data kvasir+cvc`.
 
 The paper takes Stable Diffusion's autoencoder; this command shows how one is made. It learns to
-rebuild images, masks, and drawn maps of 2 to 14 classes, by L1, a light KL penalty, and on the maps
-the cross-entropy of their classes, at the size asked for, a half and a quarter of it. It writes a
-`.safetensors` of the autoencoder alone, which `train.py --init` accepts.
+rebuild images, masks, and drawn maps of 2 to 14 classes. The loss is L1, a small KL term, and for
+the maps the cross-entropy of their classes. Batches alternate between --size, a half and a quarter
+of it. It writes a `.safetensors` of the autoencoder alone, which `train.py --init` accepts.
 Letters: n images of a batch, k classes of a map, S the side of the current batch.
 """
 
@@ -39,7 +39,8 @@ def parse_args(argv=None):
     add("--out", default="runs/vae/vae.safetensors", help="the file to write")
     add("--steps", type=positive_int, default=2000, help="optimiser steps")
     add("--factor", type=int, default=4, choices=[4, 8], help="image side / latent side")
-    add("--batch-size", type=bounded(int, 4), default=8, help="at --size, in fours; else more")
+    batch = "at --size, a multiple of 4; of smaller images more"
+    add("--batch-size", type=bounded(int, 4), default=8, help=batch)
     add("--lr", type=bounded(float, 0), default=1e-3, help="peak rate; it falls linearly to zero")
     add("--size", type=positive_int, default=128, help="pixels, H = W, of the largest batches")
     add("--seed", type=seed_int, default=0, help="of everything random")
@@ -124,6 +125,8 @@ def reconstruction_loss(vae, x, maps, k):
 def main(args):
     if Path(args.out).suffix != ".safetensors" or Path(args.out).is_dir():
         raise UserError(f"{args.out}: give the file to write a name that ends in .safetensors")
+    if args.batch_size % 4:
+        raise UserError(f"--batch-size {args.batch_size}: give a multiple of 4")
     torch.manual_seed(args.seed)
     device = find_device()
     bf16 = args.precision == "bf16" or (args.precision == "auto" and has_fast_bf16(device))
@@ -131,7 +134,8 @@ def main(args):
     # 1. Model and optimiser; of the model only the autoencoder trains
     spec = find(args.data, args.root, args.split)
     if args.init:
-        model = from_pretrained(args.init, True, classes=spec.classes, image_size=args.size)
+        changes = dict(classes=spec.classes, image_size=args.size)
+        model = from_pretrained(args.init, vae_only=True, **changes)
     else:
         preset = PRESETS["nano"]
         vae = replace(preset.vae, ch_mult=CH_MULT[args.factor])
