@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import unicodedata
@@ -324,8 +325,8 @@ def find_label_format(cases, names):
 
 
 def find_own(folder):
-    """DIR/{images,masks}/ or imagesTr and labelsTr, with DIR/split.json, classes.json and
-    groups.json where they exist -> DatasetSpec. Raises UserError.
+    """DIR/{images,masks}/ or imagesTr and labelsTr, with DIR/split.json, classes.json, groups.json
+    and window.json where they exist -> DatasetSpec. Raises UserError.
     """
     folders = find_folders(folder, [("images", "masks"), ("imagesTr", "labelsTr")])
     cases = pairs(*folders)
@@ -341,7 +342,10 @@ def find_own(folder):
     unlisted = len(cases) - sum(map(len, splits.values()))
     if unlisted:
         not_read = f"in no part of split.json: {unlisted} cases\n{not_read}".rstrip()
-    return DatasetSpec(folder.resolve().name, splits, classes, label_format, None, True in kinds,
+    window = read_window(folder / "window.json")
+    if window and True not in kinds:
+        raise UserError(f"{folder / 'window.json'}: only volumes have an intensity window")
+    return DatasetSpec(folder.resolve().name, splits, classes, label_format, window, True in kinds,
                        palette, not_read)  # fmt: skip
 
 
@@ -367,6 +371,15 @@ def read_classes(path):
                       f"a list of 2 to {MAX_CLASSES} different names, the background first",
                       )  # fmt: skip
     return names and tuple(names)
+
+
+def read_window(path):
+    """window.json: [low, high], the intensities that become black and white -> tuple, or None."""
+    window = read_json(path, lambda w: isinstance(w, list) and len(w) == 2
+                       and all(type(x) in (int, float) and math.isfinite(x) for x in w)
+                       and w[0] < w[1], "[low, high], two intensities such as [-160, 240]",
+                       )  # fmt: skip
+    return window and tuple(map(float, window))
 
 
 def read_groups(path, cases):

@@ -248,6 +248,9 @@ def test_own_volumes_are_split_whole_and_cut_into_slices(k, tmp_path):
     assert items[0]["image"].shape == (3, 16, 16) and items[2]["mask"].max() == k - 1
     flipped, same = (items.batch([(e, i) for i in range(9)])["image"] for e in (0, None))
     assert torch.equal(flipped, same) == (k > 2)
+    write(tmp_path / "own", "window", [-100, 100])
+    windowed = SegmentationData(find(str(tmp_path / "own")), "train", 16)[0]["image"]
+    assert windowed.eq(-1).sum() > same[0].eq(-1).sum()  # more voxels are below the window
     full = SegmentationData(spec, "train", 16, "full")
     grey = full.batch([(0, i) for i in range(9)])["image"]
     assert torch.equal(grey[:, 0], grey[:, 2]) and not torch.equal(grey, same) and not full.crops
@@ -304,6 +307,8 @@ BAD = {  # the words of the refusal: what is done to a folder of 10 pairs
     "'case1' .* listed twice": lambda r: write(r, "split", {p: ["case1"] for p in PARTS}),
     "2 to 14 different names": lambda r: write(r, "classes", ["a", "a"]),
     "'case1' has no group": lambda r: write(r, "groups", {"case0": "p"}),
+    "window.json: needs": lambda r: write(r, "window", [240, -160]),
+    "only volumes have": lambda r: write(r, "window", [-160, 240]),
     "names are like 'case0'": lambda r: write(r, "split", {p: ["case1.png"] for p in PARTS}),
     "there is none for test": lambda r: by_part(r, "train", "val"),
     "is in train and in val": lambda r: [write(r, "groups", dict.fromkeys(CASES, "p")),
