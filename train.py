@@ -119,7 +119,7 @@ def main(args):
     spec = find(args.data, args.root, args.split)
     model = make_model(args, spec, init)
     spec = replace(spec, context=model.config.context)
-    print0(f"goes on with {args.out}" if args.resume else f"starts from {init}: {why}")
+    print0(f"goes on with {args.out}: {why}" if args.resume else f"starts from {init}: {why}")
     size, augment = model.config.image_size, None if args.augment == "none" else args.augment
     train_set = SegmentationData(spec, "train", size, augment, args.seed)
     val_set = SegmentationData(spec, "val", size)
@@ -200,9 +200,8 @@ def main(args):
             # The first step after the last update, which ema_every or eval_every caused
             since = max(step // k * k for k in (ema_every, args.eval_every))
             update_ema(averages, trained, step, recipe["ema"], since)
-        meter.update(
-            losses, torch.cat(latent_losses), t.to(device, non_blocking=True), gradient_norm
-        )
+        t = t.to(device, non_blocking=True)
+        meter.update(losses, torch.cat(latent_losses), t, gradient_norm)
 
         # 6. Log, validate, save
         stopping = bool(stop)
@@ -323,7 +322,7 @@ def resolve_defaults(args, world_size, device):
             raise UserError(f"{args.resume}: its batches of {args.batch_size} images cannot be "
                             f"shared equally by {world_size} processes")  # fmt: skip
         best = Path(args.out) / "model.safetensors"  # not there before the first validation
-        return best if best.exists() else args.init, ""
+        return best if best.exists() else args.init, "as --resume says"
     why = "as --init says"
     if args.init is None:
         big = Path("weights/sd-v1.safetensors")
@@ -433,10 +432,8 @@ def parse_args(argv=None):
     amount, fraction = bounded(float, 0), bounded(float, 0, 1)
 
     add = parser.add_argument_group("data").add_argument
-    add(
-        "--data",
-        help="cvc, kvasir, refuge2, btcv, btcv-organs, sts3d, demo, several as a+b, or a folder",
-    )
+    add("--data", help="cvc, kvasir, refuge2, btcv, btcv-organs, sts3d, demo, several as a+b, "
+        "or a folder")  # fmt: skip
     add("--root", default="data", help="where the data sets are")
     add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
     add("--size", type=positive_int, help="pixels, H = W (default: that of the weights)")

@@ -246,6 +246,7 @@ def mask_to_class_ids(mask, spec, path):
     `label_format`: "binary" is black and white, or 0 and 1; "nonzero" makes one class of all values
     above 0; "cup" takes 0 as the optic cup; "ids" are the class ids themselves.
     """
+    check_palette(mask, spec.palette, path)
     if spec.label_format == "nonzero":
         return (mask.values > 0).astype(np.uint8)
     if spec.label_format == "cup":
@@ -255,7 +256,6 @@ def mask_to_class_ids(mask, spec, path):
             return mask.values
         check_black_and_white(mask, path)
         return (mask.values > 127).astype(np.uint8)
-    check_palette(mask, spec.palette, path)
     if mask.lossy or mask.values.max() >= len(spec.classes):
         raise UserError(f"{path}: mask values {images.format_values(mask.values)}; the training "
                         f"masks hold the class ids 0 to {len(spec.classes) - 1}: save this one the "
@@ -281,11 +281,11 @@ def check_black_and_white(mask, path):
 
 
 def check_palette(mask, palette, path):
-    """Raises UserError where a mask's palette gives a class id another colour than `palette`."""
+    """Raises UserError where a mask gives a value another colour than `palette`."""
     for i, colour in mask.palette.items():
         if palette.get(i, colour) != colour:
-            raise UserError(f"{path}: class id {i} is {colour} in its palette, {palette[i]} in "
-                            "other masks; use one palette")  # fmt: skip
+            raise UserError(f"{path}: {i} has the colour {colour}, in other masks {palette[i]}; "
+                            f"use one palette, or {images.SAVE_GREY}")  # fmt: skip
 
 
 def find_label_format(cases, names):
@@ -311,7 +311,7 @@ def find_label_format(cases, names):
                         "have class ids; save all as PNG with class ids")  # fmt: skip
     top = max(values)
     if (lossy or top >= MAX_CLASSES) and len(names or TWO_CLASSES) == 2:
-        return "binary", names or TWO_CLASSES, {}
+        return "binary", names or TWO_CLASSES, palette
     unused = sorted(set(range(top)) - values)
     if unused and not names:
         raise UserError(f"{cases[0].mask.parent}: no training mask holds class id {unused[0]}; "
@@ -334,8 +334,8 @@ def find_own(folder):
     if len(kinds) > 1:
         raise UserError(f"{kinds[True]}: a volume, {kinds[False]} is an image; keep them apart")
     cases = read_groups(folder / "groups.json", cases)
-    splits = read_split(folder / "split.json", cases) or split_by_folder(cases, folders[0])
-    splits = splits or split_by_hash(cases, folder)
+    splits = (read_split(folder / "split.json", cases) or split_by_folder(cases, folders[0])
+              or split_by_hash(cases, folder))  # fmt: skip
     names = read_classes(folder / "classes.json")
     label_format, classes, palette = find_label_format(splits["train"], names)
     not_read = count_kinds([path for where in folders for path in walk(where)[1]])

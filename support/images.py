@@ -63,10 +63,8 @@ def open_image(path):
             white_is_zero = tags.get(PHOTOMETRIC) == 0
             deep = max(tags.get(BITS, (8,))) > 8
             if tags.get(PLANAR) == 2 and deep and not deep_colours:  # Pillow reads noise
-                raise UserError(
-                    f"{path}: a TIFF with one plane for each colour, of more than 8 "
-                    "bits; save it with the colours of a pixel side by side, or as PNG"
-                )
+                raise UserError(f"{path}: a TIFF with one plane for each colour, of more than 8 "
+                                "bits; save it as PNG")  # fmt: skip
             image.load()
             if not image.mode.startswith(("I", "F")):
                 Image.new(image.mode, (1, 1)).convert("RGB")  # raises where Pillow cannot, as LAB

@@ -133,6 +133,7 @@ def test_the_command_trains_its_autoencoders_and_reports(command, tmp_path, caps
     assert text == capsys.readouterr().out.split("\n", 2)[2][:-1]
     assert "| lambda-1 | trainable | latent_weight 1.0 | 0.928 |" in text
     assert "| plain | logits | network plain U-Net | - |" in text
+    assert claims_report.what_differs(*claims.TABLE["faithful"]["cross"]) == "the paper's row 1"
     result = json.loads((tmp_path / "out/lambda-1-0.json").read_text())
     assert list(result["scores"]) == ["1x1", "2x1", "1x25"]
     assert len(result["curve"]) == 3 and result["curve"][-1]["samples"] == 6

@@ -270,6 +270,16 @@ def test_masks_that_do_not_say_what_they_mean_are_refused(what, tmp_path):
     assert str(root) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_each_part_is_compared_with_the_colour_of_the_training_masks(tmp_path):
+    """A shape of another colour in a test mask alone: it may be another class."""
+    root = folder_of_masks(tmp_path / "own", "png", lambda i: cutout(i, (255, 0, 0)))
+    mask = find(str(root)).splits["test"][0].mask
+    cutout(int(mask.stem), (0, 255, 0)).save(mask)
+    with pytest.raises(UserError, match="use one palette") as error:
+        all_ids(root)
+    assert str(mask) in str(error.value)
+
+
 def test_real_masks_pass_as_jpeg(real_data, tmp_path):
     """Real polyp outlines saved as JPEG, at full and at half size, are black and white."""
     path, spec = tmp_path / "mask.jpg", DatasetSpec("binary", {})

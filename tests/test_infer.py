@@ -18,6 +18,7 @@ from data import find, load_case
 from sdseg import SDSeg
 from support import cli
 from support.cli import UserError
+from support.device import own_gpu
 from support.images import read_image
 from support.metrics import dice
 from support.panels import montage, overlay
@@ -228,6 +229,20 @@ def test_one_bad_file_does_not_stop_the_rest(model, tmp_path, capsys):
     assert "one.nii: holds one slice, which is not axial" in errors
     assert run(tmp_path / "in/bad.png", model=model, out=tmp_path / "p") == 2
     assert not (tmp_path / "p").exists()
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    """Asked for by name, or by more processes than there are GPUs; never replaced by the CPU."""
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert own_gpu(local_rank=0) is None
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert own_gpu(local_rank=1) == "cuda:1"
+    with pytest.raises(UserError, match="process 2 has no GPU: this machine has 2"):
+        own_gpu(local_rank=2)
+    monkeypatch.undo()
+    if not torch.cuda.is_available():
+        with pytest.raises(UserError, match="--device cuda: .*; try --device cpu"):
+            infer.main(infer.parse_args(["docs/demo.png", "--device", "cuda"]))
 
 
 def test_inputs_and_masks_beside_them_are_never_overwritten(model, tmp_path):

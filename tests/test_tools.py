@@ -53,9 +53,10 @@ def test_the_autoencoder_learns_and_another_run_goes_on(run_vae, tmp_path, capsy
         assert torch.equal(encoder.conv_in.weight, first["vae.encoder.conv_in.weight"])
 
 
-@pytest.mark.parametrize("flag, value", [("--size", "50"), ("--out", "a.png"), ("--lr", "1e30")])
+@pytest.mark.parametrize("flag, value", [("--size", "50"), ("--out", "a.png"), ("--lr", "1e30"),
+                                         ("--batch-size", "6")])  # fmt: skip
 def test_an_autoencoder_that_cannot_be_trained_is_refused(run_vae, flag, value):
-    """A size that the levels cannot halve, a wrong name, a loss that is not finite."""
+    """A size that the levels cannot halve, a wrong name, a loss that is not finite, no quarters."""
     with pytest.raises(UserError):
         run_vae("--steps", "2", flag, value)
 

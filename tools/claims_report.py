@@ -107,7 +107,7 @@ def score_table(experiment, results):
         lines.append([
             name,
             than or "-",
-            ", ".join(f"{key} {value}" for key, value in changes.items()) or "nano's recipe",
+            what_differs(than, changes),
             f"{PAPER[name]:.3f}" if name in PAPER else "-",
             f"{np.mean(means):.3f} ({', '.join(f'{mean:.3f}' for mean in means)})",
             in_words(levels, others, groups),
@@ -117,6 +117,12 @@ def score_table(experiment, results):
             f"{seconds:.0f}",
         ])  # fmt: skip
     return markdown(lines)
+
+
+def what_differs(than, changes):
+    if than is None:
+        return "the paper's row 1" if changes else "nano's recipe"
+    return ", ".join(f"{key} {value}" for key, value in changes.items())
 
 
 def more_calls(runs, key, groups):
