@@ -363,11 +363,9 @@ def make_model(args, spec, init):
     model = from_pretrained(init, **changes)
     config, val = model.config, image_hashes(spec.splits["val"])
     seen = len(set(config.trained_on) & set(val))
-    same_data = set(config.data.split("+")) & set(spec.name.split("+"))
-    if not args.resume and (seen or same_data and not config.trained_on):
-        print0(f"{init} was trained on {seen or 'an unknown number'} of the {len(val)} validation "
-               "cases, so validation Dice is too high; evaluation leaves out the test cases that "
-               "it was trained on")  # fmt: skip
+    if seen and not args.resume:
+        print0(f"{init} was trained on {seen} of the {len(val)} validation cases, so validation "
+               "Dice is too high; evaluation leaves out the test cases that it saw")  # fmt: skip
     model.config = remember_images(config, spec, args.split)
     model.tau.requires_grad_(not args.freeze_encoder)
     return model
@@ -375,10 +373,9 @@ def make_model(args, spec, init):
 
 def remember_images(config, spec, split):
     """The config of a model that will be trained on a data set, with the hashes of its images
-    added to those before. A file of before the hashes names its data set and its split instead.
+    added to those before.
     """
-    before = config.trained_on or ((f"{config.data}/{config.split}",) if config.data else ())
-    trained_on = tuple(sorted({*before, *image_hashes(spec.splits["train"])}))
+    trained_on = tuple(sorted({*config.trained_on, *image_hashes(spec.splits["train"])}))
     return replace(config, data=spec.name, split=split, trained_on=trained_on)
 
 

@@ -4,7 +4,6 @@ import csv
 import json
 import shutil
 import time
-import zlib
 from types import SimpleNamespace
 
 import nibabel
@@ -173,19 +172,6 @@ def test_training_images_are_left_out(folder, capsys):
         scored(trained, "val")
     assert scored(trained, "train") == spec.splits["train"]
     assert scored(SDSegConfig(data="other"), "test") == test
-
-
-def test_the_splits_of_older_models(real_data):
-    """Files without hashes: the split of their time gives the images that they were trained on."""
-    for name, split, *expected in (  # the number of training images, a checksum of their names
-        ("cvc", "random", 488, 2755850068),
-        ("kvasir", "random", 800, 3456994143),
-        ("cvc", "sequence", 481, 1712585689),
-    ):
-        hashes = evaluate.old_training_hashes(f"other+{name}", split, real_data)
-        cases = sum(find(name, real_data).splits.values(), ())
-        names = [c.name for c, digest in zip(cases, image_hashes(cases)) if digest in hashes]
-        assert [len(names), zlib.crc32(" ".join(sorted(names)).encode())] == expected
 
 
 def test_the_split_is_that_of_the_model(tmp_path, monkeypatch):

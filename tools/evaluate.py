@@ -11,7 +11,6 @@ import csv
 import itertools
 import json
 import platform
-import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -33,7 +32,7 @@ from support.cli import (
     seed_int,
 )
 from support.device import device_name, find_device
-from support.folders import PARTS, file_hash, image_hashes, natural_sort_key
+from support.folders import PARTS, file_hash, image_hashes
 from support.images import write_image
 from support.panels import fit_tile, grid, overlay, plot_lines
 from support.volumes import PLANES, grid_in_space
@@ -106,11 +105,6 @@ def cases_to_score(args, config, spec):
     """
     cases = spec.splits[args.part]
     trained_on = set(config.trained_on)
-    for entry in config.trained_on or (f"{config.data}/{config.split}",):
-        if "/" in entry:  # a data set and its split instead of hashes
-            trained_on |= old_training_hashes(*entry.rsplit("/", 1), args.root)
-    if config.data == spec.name and not trained_on:
-        print("the model file does not say which of these images it was trained on")
     hashes = zip(cases, image_hashes(cases))
     unseen = tuple(case for case, digest in hashes if digest not in trained_on)
     seen = len(cases) - len(unseen)
@@ -123,27 +117,6 @@ def cases_to_score(args, config, spec):
     if not unseen:
         raise UserError(f"{args.model}: no case is left to score; choose another --part or --data")
     return unseen[: args.limit]
-
-
-def old_training_hashes(data, split, root):
-    """The hashes of the training images of a model file that does not hold them: the split of its
-    time is repeated. A data set that is not on this disk is not scored either.
-
-    This can go when weights/nano.safetensors, the last such file in use, has been replaced.
-    """
-    hashes, shares = set(), {"cvc": 62 / 612, "kvasir": 0.1}
-    for name in shares.keys() & data.split("+"):
-        by_video = name == "cvc" and split == "sequence"
-        try:
-            splits = find(name, root, split if by_video else "random").splits
-            cases = sorted(sum(splits.values(), ()), key=lambda c: natural_sort_key(c.name))
-            random.Random(0).shuffle(cases)
-            old = cases[: len(cases) - 2 * round(len(cases) * shares[name])]
-            hashes.update(image_hashes(splits["train"] if by_video else old))
-        except UserError:
-            print(f"the model was trained on {name}, which is not in {root}: "
-                  "its images cannot be left out")  # fmt: skip
-    return hashes
 
 
 def items_of(spec, cases, remarks=None):

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Make the next model that ships, from nothing: bash weights/make_nano.sh [SEED [SPLIT]]
+# Make the model that ships, from nothing: bash weights/make_nano.sh [SEED [SPLIT]]
 # Needs data/CVC-ClinicDB and data/Kvasir-SEG. Writes runs/nano-SPLIT-SEED/nano.safetensors.
-# SPLIT is random, or sequence for whole videos held out. It takes about 7 minutes of one H100, or two hours
-# of two CPU cores (estimated). VAE, SMALL and FULL replace the flags below: FULL="--size 128 --steps 9" bash weights/make_nano.sh
+# SPLIT is random, or sequence for whole videos held out. It takes about 7 minutes of one H100 (make_nano.log), or two
+# hours of two CPU cores (estimated). VAE, SMALL and FULL replace the flags below: FULL="--size 128 --steps 9" bash weights/make_nano.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seed=${1:-0} split=${2:-random}
