@@ -73,7 +73,7 @@ def test_a_batch_holds_images_masks_and_drawn_maps(tmp_path):
 
 @pytest.mark.parametrize("size", [128, pytest.param(256, marks=slow)])
 def test_the_model_that_ships_rebuilds_drawn_maps(size):
-    """Dice of the worst class of k, over 16 maps: what weights/README.md says, to 0.01."""
+    """Dice of the worst class of k, over 16 maps; weights/README.md has the numbers printed."""
     for k, expected in {2: 0.97, 4: 0.96, 9: 0.82, 14: 0.80}.items():
         names = tuple(map(str, range(k)))
         model = from_pretrained(DEFAULT_WEIGHTS, True, classes=names, image_size=size).eval()

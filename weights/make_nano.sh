@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Make the model that ships, from nothing: bash weights/make_nano.sh [SEED [SPLIT]]
 # Needs data/CVC-ClinicDB and data/Kvasir-SEG. Writes runs/nano-SPLIT-SEED/nano.safetensors.
-# SPLIT is random, or sequence for whole videos held out. It takes about 7 minutes of one H100 (make_nano.log), or two
-# hours of two CPU cores (estimated). VAE, SMALL and FULL replace the flags below: FULL="--size 128 --steps 9" bash weights/make_nano.sh
+# SPLIT is random, or sequence for whole videos held out. It takes less than 7 minutes of one H100 (make_nano.log). Without
+# a GPU it makes a smaller version, at 128 px, in about three hours of two cores (estimated).
+# VAE, SMALL and FULL replace the flags below: FULL="--size 128 --steps 9" bash weights/make_nano.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
 seed=${1:-0} split=${2:-random}
@@ -23,7 +24,7 @@ fi
 
 # 1. The autoencoder: images, masks, and drawn maps of up to 14 classes
 python -m tools.train_vae $data --seed "$seed" ${VAE:-$vae} --out "$out/vae.safetensors"
-# 2. tau and the U-Net at half the size, where a step costs a quarter
+# 2. tau and the U-Net at half the size, where an image costs less
 $train $data --seed "$seed" --init "$out/vae.safetensors" ${SMALL:-$small} --out "$out/small"
 # 3. The same at the final size
 $train $data --seed "$seed" --init "$out/small/model.safetensors" ${FULL:-$full} --out "$out/full"
