@@ -18,6 +18,7 @@ from support.metrics import (
     iou_from_counts,
     latent_std,
     pixel_counts,
+    vae_dice,
 )
 from tools.stability import load_lpips, ms_ssim, psnr, ssim
 
@@ -161,13 +162,30 @@ def test_lpips_gets_three_channels_or_is_said_to_be_missing(monkeypatch, capsys)
     assert capsys.readouterr().out.startswith("LPIPS is missing")
 
 
+class Masks(list):
+    """What the measurements of an autoencoder take: masks (H, W) of class ids."""
+
+    def batch(self, samples):
+        return {"mask": torch.stack([self[i] for _, i in samples])}
+
+
+def keeps_all():
+    """A tiny model whose autoencoder changes nothing."""
+    model = tiny()
+    model.vae.encode, model.vae.decode = lambda rgb: (rgb, None), lambda z: z
+    return model
+
+
 def test_latent_std_leaves_out_the_models_own_scale():
     """The standard deviation of latents -1 and 1 is 1, without the scale of the model's config."""
+    assert latent_std(keeps_all(), Masks([torch.tensor([[0, 1]])] * 40)) == 1
 
-    class Masks(list):
-        def batch(self, samples):
-            return {"mask": torch.stack([self[i] for _, i in samples])}
 
-    model = tiny()
-    model.vae.encode = lambda rgb: (rgb, None)
-    assert latent_std(model, Masks([torch.tensor([[0, 1]])] * 40)) == 1
+def test_rebuilt_masks_are_counted_together():
+    """A wrong pixel in an empty mask costs what it costs in a volume; without foreground, nan."""
+    empty, half = torch.zeros(16, 16, dtype=int), torch.zeros(16, 16, dtype=int)
+    half[8:] = 1
+    model, masks = keeps_all(), Masks([empty, half, half])
+    assert vae_dice(model, masks) == 1 and np.isnan(vae_dice(model, Masks([empty])))
+    model.vae.decode = lambda z: torch.where(torch.arange(256).view(16, 16) == 0, 1.0, z)
+    assert vae_dice(model, masks) == pytest.approx(2 * 256 / (256 + 259))

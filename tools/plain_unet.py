@@ -38,6 +38,7 @@ def parse_args(argv=None):
     add("--steps", type=positive_int, default=RECIPE["steps"], help="optimiser steps")
     add("--batch-size", type=positive_int, default=RECIPE["batch_size"], help="images a step")
     add("--lr", type=bounded(float, 0), default=1e-3, help="peak rate; it falls linearly to zero")
+    add("--warmup", type=bounded(int, 0), default=RECIPE["warmup"], help="steps of warm-up")
     add("--eval-every", type=positive_int, default=RECIPE["eval_every"], help="steps between two")
     add("--seed", type=seed_int, default=0, help="of everything random")
     add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of autocast")
@@ -99,7 +100,7 @@ def main(args):
     batches = TrainingBatches(train_set, args.batch_size, args.seed)
     loader = DataLoader(batches, batch_size=None, sampler=range(args.steps),
                         num_workers=loader_workers(device))  # fmt: skip
-    args.warmup, best, began = RECIPE["warmup"], -1.0, time.monotonic()
+    best, began = -1.0, time.monotonic()
     file = Path(args.out) / "model.safetensors"
     for step, (image, mask, _) in enumerate(loader):
         optimizer.param_groups[0]["lr"] = train.learning_rate(step, args, decay=True)
