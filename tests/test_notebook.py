@@ -26,7 +26,7 @@ def printed(cell):
 
 
 def test_the_walkthrough_prints_what_it_stores(monkeypatch):
-    """Every cell runs; numbers agree within 0.01 or 1 %, those of 60 training steps within 0.1."""
+    """Every cell runs; numbers agree within 0.01 or 1 %, those of 36 training steps within 0.1."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
     stored, again = (notebook.read_notebook(WALKTHROUGH) for _ in range(2))
     notebook.run_notebook(again, WALKTHROUGH.parent)
