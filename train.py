@@ -385,8 +385,11 @@ def describe(args, model, train_set, val_set, dtype, world_size):
     print0(f"{config.data}: {len(train_set)} training, {len(val_set)} validation items of "
            f"{config.image_size} px, {len(config.classes)} classes; mask latents have std "
            f"{1 / config.mask_scale:.3f}")  # fmt: skip
-    advice = ": try another --size, or `python -m tools.train_vae --init`" if dice < 0.95 else ""
-    advice = ": those tried hold no foreground" if dice != dice else advice
+    advice = ""
+    if dice < 0.95:
+        advice = ": try another --size, or `python -m tools.train_vae --init`"
+    elif dice != dice:  # nan
+        advice = ": those tried hold no foreground"
     print0(f"the autoencoder rebuilds masks with Dice {dice:.3f}{advice}")
     count = sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6
     print0(f"{count:.1f} M parameters train on {model.device}, {str(dtype)[6:]}, processes: "

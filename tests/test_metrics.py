@@ -170,7 +170,7 @@ class Masks(list):
 
 
 def keeps_all():
-    """A tiny model whose autoencoder changes nothing."""
+    """A tiny model with an autoencoder that changes nothing."""
     model = tiny()
     model.vae.encode, model.vae.decode = lambda rgb: (rgb, None), lambda z: z
     return model

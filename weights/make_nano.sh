@@ -2,7 +2,7 @@
 # Make the model that ships, from nothing: bash weights/make_nano.sh [SEED [SPLIT]]
 # Needs data/CVC-ClinicDB and data/Kvasir-SEG. Writes runs/nano-SPLIT-SEED/nano.safetensors.
 # SPLIT is random, or sequence for whole videos held out. It takes less than 7 minutes of one H100 (make_nano.log). Without
-# a GPU it makes a smaller version, at 128 px, in about three hours of two cores (estimated).
+# a GPU it makes a smaller version, at 128 px, in two to three hours of two cores (estimated).
 # VAE, SMALL and FULL replace the flags below: FULL="--size 128 --steps 9" bash weights/make_nano.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
