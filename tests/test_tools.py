@@ -65,9 +65,9 @@ def test_an_autoencoder_that_cannot_be_trained_is_refused(run_vae, flag, value):
 def test_a_batch_holds_images_masks_and_drawn_maps(tmp_path):
     """A quarter, a quarter and a half; the masks and the maps are in the colours of classes."""
     data = SegmentationData(find(str(disc_folder(tmp_path / "own"))), "train", 64, "full")
-    x, maps, k = train_vae.ColourBatches(data, 2, [64, 32], 4)[1]
+    x, [(masks, classes), (maps, k)] = train_vae.ColourBatches(data, 2, [64, 32], 4)[1]
     assert x.shape == (8, 3, 32, 32) and len(x[:2].unique()) > 100
-    assert torch.equal(x[2:4].unique(), torch.tensor([-1.0, 1.0]))
+    assert torch.equal(x[2:4], class_colours(classes)[masks].permute(0, 3, 1, 2)) and classes == 2
     assert torch.equal(x[4:], class_colours(k)[maps].permute(0, 3, 1, 2)) and 2 <= k <= 14
 
 

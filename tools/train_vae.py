@@ -2,8 +2,8 @@
 
 The paper takes Stable Diffusion's autoencoder; this command shows how one is made. It learns to
 rebuild images, masks, and drawn maps of 2 to 14 classes. The loss is L1, a small KL term, and for
-the maps the cross-entropy of their classes. Batches alternate between --size, a half and a quarter
-of it. It writes a `.safetensors` of the autoencoder alone, which `train.py --init` accepts.
+masks and maps the cross-entropy of their classes. Batches alternate between --size, a half and a
+quarter of it. It writes a `.safetensors` of the autoencoder alone, which `train.py --init` accepts.
 Letters: n images of a batch, k classes of a map, S the side of the current batch.
 """
 
@@ -43,8 +43,9 @@ def parse_args(argv=None):
     add("--batch-size", type=bounded(int, 4), default=8, help=batch)
     add("--lr", type=bounded(float, 0), default=1e-3, help="peak rate; it falls linearly to zero")
     add("--size", type=positive_int, default=128, help="pixels, H = W, of the largest batches")
-    add("--seed", type=seed_int, default=0, help="of everything random")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of autocast")
+    add("--seed", type=seed_int, default=0, help="seed of everything random")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"],
+        help="number format of autocast")  # fmt: skip
     return parser.parse_args(argv)
 
 
@@ -78,14 +79,16 @@ def draw_maps(n, k, size, generator):
 
 
 def sizes_of(size, levels):
-    """The sides that training alternates between: `size`, a half and a quarter of it."""
+    """The sides that training alternates between: `size`, and a half and a quarter of it where
+    these are at least 32 and the levels can halve them.
+    """
     unit = 2 ** (levels - 1)
     return [s for s in (size, size // 2, size // 4) if s == size or s >= 32 and s % unit == 0]
 
 
 class ColourBatches(torch.utils.data.Dataset):
     """[step] -> rgb (n, 3, S, S) in [-1, 1]: a quarter images, a quarter masks of other cases, both
-    augmented, and half drawn maps; these maps (n / 2, S, S) as class ids, and their k.
+    augmented, and half drawn maps; then masks and maps as class ids, [(ids (m, S, S), k)].
 
     S goes through `sizes`; a batch of the largest S has n = `batch_size`, and of S / 2 twice that.
     """
@@ -105,21 +108,25 @@ class ColourBatches(torch.utils.data.Dataset):
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
         maps = draw_maps(2 * quarter, k, side, generator)
         rgb = torch.cat([self.colours[mask], class_colours(k)[maps]])
-        return torch.cat([image, rgb.permute(0, 3, 1, 2)]), maps, k
+        return torch.cat([image, rgb.permute(0, 3, 1, 2)]), [(mask, len(self.colours)), (maps, k)]
 
 
-def reconstruction_loss(vae, x, maps, k):
+def reconstruction_loss(vae, x, labels):
     """What `ColourBatches` yields -> loss, L1, KL(posterior || standard normal), all means.
 
     L1 alone lets an edge between two classes pass through the colour of a third. The cross-entropy
-    of the classes of the maps punishes that.
+    of the classes punishes that.
     """
     mean, logvar = (y.float() for y in vae.encode(x))
     rgb = vae.decode(mean + (logvar / 2).exp() * torch.randn_like(mean)).float()
     l1 = F.l1_loss(rgb, x)
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    logits = colour_logits(rgb[-len(maps) :], class_colours(k).to(x.device))
-    return l1 + KL_WEIGHT * kl + CLASS_WEIGHT * F.cross_entropy(logits, maps), l1, kl
+    parts = rgb[len(rgb) // 4 :].split([len(ids) for ids, _ in labels])
+    cross_entropy = sum(
+        F.cross_entropy(colour_logits(part, class_colours(k).to(part.device)), ids)
+        for part, (ids, k) in zip(parts, labels)
+    )
+    return l1 + KL_WEIGHT * kl + CLASS_WEIGHT * cross_entropy, l1, kl
 
 
 def main(args):
@@ -161,12 +168,13 @@ def main(args):
 
     # 3. The loop
     began, log_every = time.monotonic(), max(50, args.steps // 20)
-    for step, (x, maps, k) in enumerate(loader):
+    for step, (x, labels) in enumerate(loader):
         warm = min(1, (step + 1) / 100)
         optimizer.param_groups[0]["lr"] = args.lr * warm * (1 - step / args.steps)
-        x, maps = (y.to(device, non_blocking=True) for y in (x, maps))
+        x = x.to(device, non_blocking=True)
+        labels = [(ids.to(device, non_blocking=True), k) for ids, k in labels]
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            loss, l1, kl = reconstruction_loss(vae, x, maps, k)
+            loss, l1, kl = reconstruction_loss(vae, x, labels)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
