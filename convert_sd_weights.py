@@ -132,7 +132,8 @@ def published_config(config, tensors):
         scale = start = end = 0
     if not (0 < scale < 1e6 and 0 < start < end < 1):
         raise UserError("its buffers scale_factor and betas are missing, or are no run's settings")
-    return replace(config, beta_start=start, beta_end=end, image_scale=1.0, mask_scale=scale)
+    return replace(config, beta_start=start, beta_end=end, image_scale=1.0, mask_scale=scale,
+                   data="data that the published code read")  # fmt: skip
 
 
 # ---- CompVis names -> ours ----

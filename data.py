@@ -4,7 +4,8 @@ Every data set yields the same: image float32 (3, S, S) in [-1, 1], mask int64 (
 name. Volumes are split by volume and cut into slices of one plane. `support/` reads damaged files
 and interprets the masks of a user's own folder. Nothing here knows the model.
 
-Letters: H W the size of a file, Z slices, S the side that the model sees, B batch.
+Letters: H W the size of a file, Z slices, S the side that the model sees, B batch, u an item's 16
+random numbers in [0, 1).
 """
 
 import json
@@ -275,53 +276,53 @@ class SegmentationData(torch.utils.data.Dataset):
     def has_foreground(self):
         return any(mask.any() for mask in self.masks)
 
-    def random_draw(self, epoch, index):
+    def uniform(self, epoch, index):
         """16 numbers in [0, 1): 0, 1 for the symmetry, 2 to 6 the affine map, 7 to 12 colours,
         13 to 15 the crop.
         """
         return np.random.default_rng([self.seed, epoch, index]).random(16)
 
     def symmetry_ids(self, samples):
-        """[(epoch, index)] -> ints that are equal for equal masks; None if every mask is new."""
+        """[(epoch, index)] -> ints; equal ints mean equal masks. None if every mask is new."""
         if self.augment == "full":
             return None
         flips = self.augment and self.flips
-        return [8 * i + (symmetry_of(self.random_draw(e, i)) if flips else 0) for e, i in samples]
+        return [8 * i + (symmetry_of(self.uniform(e, i)) if flips else 0) for e, i in samples]
 
     def batch(self, samples):
         """[(epoch, index)] -> {"image" (B, 3, S, S), "mask" (B, S, S)}; epoch None: unchanged."""
         images = [np.asarray(self.images[i]) for _, i in samples]
         masks = [np.asarray(self.masks[i]) for _, i in samples]
         augment = self.augment if samples[0][0] is not None else None
-        draws = [self.random_draw(e, i) for e, i in samples] if augment else []
+        u = [self.uniform(e, i) for e, i in samples] if augment else []
         if augment and self.crops:
-            images, masks = zip(*map(random_crop, images, masks, draws))
+            images, masks = zip(*map(random_crop, images, masks, u))
         if augment and self.flips:
-            flipped = [symmetry(x, y, symmetry_of(d)) for x, y, d in zip(images, masks, draws)]
+            flipped = [symmetry(x, y, symmetry_of(v)) for x, y, v in zip(images, masks, u)]
             images, masks = zip(*flipped)
         image = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float() / 127.5 - 1
         mask = torch.from_numpy(np.stack(masks)).long()
         if augment == "full":
-            draws = torch.from_numpy(np.stack(draws)).float()
-            image, mask = random_affine(image, mask, draws)
-            image = colour_jitter(image, draws, self.grey)
+            u = torch.from_numpy(np.stack(u)).float()
+            image, mask = random_affine(image, mask, u)
+            image = colour_jitter(image, u, self.grey)
         return {"image": image, "mask": mask}
 
 
 # ---- augmentation: image and mask move together ----
 
 
-def random_crop(image, mask, draw):
+def random_crop(image, mask, u):
     """Three of ten images become a square crop, and two of the three crops avoid the foreground.
 
     Most medical data sets hold no image without a lesion, so a network learns to mark something
     everywhere. Enlarged crops are blurred, and one of three lies anywhere, so that the network
     does not learn that a blurred image holds nothing.
     """
-    if draw[13] > 0.3:
+    if u[13] > 0.3:
         return image, mask
-    side = int(len(mask) * (0.3 + 0.4 * draw[14]))
-    return square_crop(image, mask, side, draw[15], draw[13] < 0.2) or (image, mask)
+    side = int(len(mask) * (0.3 + 0.4 * u[14]))
+    return square_crop(image, mask, side, u[15], u[13] < 0.2) or (image, mask)
 
 
 def square_crop(image, mask, side, position, avoid_foreground):
@@ -344,9 +345,9 @@ def square_crop(image, mask, side, position, avoid_foreground):
     return resize_image(image[square], size), resize_mask(mask[square], size)
 
 
-def symmetry_of(draw):
+def symmetry_of(u):
     """Which of the 8 symmetries of a square, 0 to 7."""
-    return 4 * int(draw[0] < 0.5) + int(draw[1] * 4)
+    return 4 * int(u[0] < 0.5) + int(u[1] * 4)
 
 
 def symmetry(image, mask, i):
@@ -355,13 +356,13 @@ def symmetry(image, mask, i):
     return tuple(np.rot90(x[:, :: -1 if flip else 1], quarters).copy() for x in (image, mask))
 
 
-def random_affine(image, mask, draw):
+def random_affine(image, mask, u):
     """Rotation by at most 0.5 rad, scale 1 / 1.35 to 1.35, shear to 0.15, shift to a tenth of the
-    side, of image (B, 3, S, S) and mask (B, S, S); draw (B, 16). Outside, the image is mirrored.
+    side, of image (B, 3, S, S) and mask (B, S, S); u (B, 16). Outside, the image is mirrored.
     """
-    signed = 2 * draw - 1  # (B, 16) in [-1, 1)
+    signed = 2 * u - 1  # (B, 16) in [-1, 1)
     angle, scale = 0.5 * signed[:, 2], 1.35 ** signed[:, 3]
-    matrix = draw.new_zeros(len(draw), 2, 3)  # on the device of the draws
+    matrix = u.new_zeros(len(u), 2, 3)  # on the device of the numbers
     matrix[:, 0, 0], matrix[:, 0, 1] = angle.cos() / scale, -angle.sin() / scale
     matrix[:, 1, 0], matrix[:, 1, 1] = angle.sin() / scale, angle.cos() / scale
     matrix[:, 0, 1] += 0.15 * signed[:, 4]
@@ -372,11 +373,11 @@ def random_affine(image, mask, draw):
     return image, mask[:, 0].long()
 
 
-def colour_jitter(image, draw, grey=False):
+def colour_jitter(image, u, grey=False):
     """Contrast, brightness and, unless it is `grey`, tint and saturation of image (B, 3, S, S) in
-    [-1, 1]; draw (B, 16).
+    [-1, 1]; u (B, 16).
     """
-    signed = 2 * draw - 1
+    signed = 2 * u - 1
     contrast, light, saturation = (signed[:, i].view(-1, 1, 1, 1) for i in (7, 8, 9))
     image = image * (1 + 0.3 * contrast) + 0.2 * light
     if not grey:

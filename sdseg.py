@@ -4,7 +4,7 @@ The segmentation map X and the image C meet in a latent space: z_0 = E(X) by a f
 z_c = tau(C) by a trainable encoder. A U-Net sees [z_t, z_c] and predicts the noise (nano: z_0).
 One call at the noisiest step, Eq. 2 and the decoder give the map.
 Letters: B batch, C channels, H W pixels, h w latent pixels (H/8; nano: H/4), K classes, T steps,
-z_0 mask latent, z_t its noisy version, z_c image latent, eps noise, t step (B,) int64.
+z_0 mask latent, z_t its noisy version, z_c image latent, n noise, t step (B,) int64.
 """
 
 from dataclasses import dataclass, replace
@@ -40,9 +40,9 @@ class SDSegConfig:
     image_size: int = 256  # H = W
     window: tuple[float, float] | None = None  # intensity window of volumes; None: of each volume
     plane: Literal["axial", "coronal", "sagittal"] = "axial"  # of the slices of volumes
-    context: Literal["repeat", "neighbours"] = "repeat"  # the 3 channels of a slice
+    context: Literal["repeat", "neighbours"] = "repeat"  # a slice's 3 channels; not the U-Net's
     data: str = ""  # name of the data set; empty: never trained
-    split: Literal["random", "sequence"] = "random"  # how the data set was split
+    split: Literal["random", "sequence"] = "random"  # see data.py:find
     classes: tuple[str, ...] = ("background", "foreground")  # names of the class ids 0, 1, ..
     threshold: float = 0.5  # two classes: foreground is above; see tools/calibrate.py
     smallest_area: float = 0.0  # two classes: share of the image below which a region is dropped
@@ -234,7 +234,8 @@ class SDSeg(nn.Module):
 
         Two classes: (B, 1, H, W), of the foreground. K > 2 classes: (B, K, H, W). `steps` is the
         number of network calls of each run, UserError unless 1 <= steps <= T; `generator` is a CPU
-        generator. H and W are best those of training: config.image_size.
+        generator. H = W = config.image_size, as in training, is best; other sides must be multiples
+        of what both networks divide them by (nano: 16, sd-v1: 64). float32.
         """
         return sum(self.sample(image, steps, samples, generator)) / samples
 
@@ -300,7 +301,8 @@ class SDSeg(nn.Module):
 
     @staticmethod
     def load(path, device="cpu", precision="fp32"):
-        """Read what `save` wrote -> a model in eval mode. Raises UserError naming every misfit.
+        """Read what `save` wrote -> a model in eval mode. Raises UserError that names up to five
+        tensors that do not fit, and counts the others.
 
         precision: "fp32", "bf16", "fp16", or "auto": the fastest that keeps the masks.
         """

@@ -3,9 +3,10 @@
 tau and the U-Net train; the autoencoder stays frozen. A run's folder holds `model.safetensors`
 (best validation Dice, averaged weights, complete), `resume.pt`, `log.csv`, `curves.png`,
 `samples/STEP.png` and `config.json`. Everything random is a function of (seed, step). So a resumed
-run repeats an uninterrupted one, and two processes with half a batch each take the step of one
-process.
-Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`.
+run repeats an uninterrupted one, to the last bit on a CPU and to rounding on a GPU, and two
+processes with half a batch each take the step of one process.
+Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`. Of several machines each needs the
+data and the initial weights, and `--resume` a folder that they share.
 `main` has six phases. The noise and the loss of a step stand above it, the helpers below it.
 """
 
@@ -46,7 +47,7 @@ from support.panels import plot_panels, to_uint8
 from support.small_gpu import is_too_small, save_memory
 from support.weights import DEFAULT_WEIGHTS, read_weights
 
-RECIPES = {  # by the preset of the initial weights; a flag of the same name goes first
+RECIPES = {  # by the preset of the initial weights; a flag of the same name replaces the value
     "paper": dict(steps=100_000, batch_size=4, lr=4e-5, warmup=1000, decay=False, eval_every=2000,
                   ema=0.9999, terminal_fraction=0.0, mask_weight=0.0, augment="flip"),
     "nano": dict(steps=5000, batch_size=16, lr=5e-4, warmup=200, decay=True, eval_every=250,
@@ -130,7 +131,7 @@ def main(args):
     describe(args, model, train_set, val_set, dtype, world_size)
 
     # 3. Optimiser, moving average, gradient scaler. It scales the loss for float16 only; otherwise
-    #    its factor stays 1, and it just skips steps with gradients that are not finite
+    #    its factor stays 1, and it just skips steps with gradients that are not finite (not on mps)
     recipe = recipe_of(model.config)
     trained = [p for p in model.parameters() if p.requires_grad]
     small_gpu = is_too_small(device, trained)  # then the average is in host memory: `update_ema`
@@ -149,7 +150,9 @@ def main(args):
 
     # 4. The run's folder, and the state of a resumed run
     folder, state = Path(args.out), dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
-    start, best = resume(folder, train_set, state, args.steps) if args.resume else (0, -1.0)
+    start, averaged, best = 0, 0, -1.0  # the step to go on at, the first that is not averaged yet
+    if args.resume:
+        start, averaged, best = resume(folder, train_set, state, args.steps)
     if rank == 0:
         log = run_state.Log(folder / "log.csv", LOG_COLUMNS, start)
         run_state.write_settings(folder, vars(args), asdict(model.config))
@@ -182,12 +185,12 @@ def main(args):
             with contextlib.nullcontext() if last or world_size == 1 else net.no_sync():
                 with autocast():
                     z_0 = latents(mask[part], symmetries and symmetries[part])
-                    parts, latent_loss = weighted_loss(
+                    values, latent_loss = weighted_loss(
                         model, net, image[part], mask[part], z_0, t[part], noise[part],
                         *loss_weights)  # fmt: skip
-                parts = parts * (len(t[part]) / len(t))
-                scaler.scale(parts[0]).backward()
-            losses += parts.detach()
+                values = values * (len(t[part]) / len(t))
+                scaler.scale(values[0]).backward()
+            losses += values.detach()
             latent_losses.append(latent_loss)
         scaler.unscale_(optimizer)
         gradient_norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
@@ -197,9 +200,8 @@ def main(args):
         done = step + 1
         due = done % args.eval_every == 0 or done == args.steps
         if due or done % ema_every == 0:
-            # The first step after the last update, which ema_every or eval_every caused
-            since = max(step // k * k for k in (ema_every, args.eval_every))
-            update_ema(averages, trained, step, recipe["ema"], since)
+            update_ema(averages, trained, step, recipe["ema"], averaged)
+            averaged = done
         t = t.to(device, non_blocking=True)
         meter.update(losses, torch.cat(latent_losses), t, gradient_norm)
 
@@ -223,7 +225,8 @@ def main(args):
                 best = score
                 ema.save(folder / "model.safetensors")
         if rank == 0 and (due or stopping):
-            values = dict(step=done, best=best, data=train_set.fingerprint)
+            data = train_set.fingerprint
+            values = dict(step=done, averaged=averaged, best=best, data=data)
             run_state.save_state(folder / "resume.pt", values, **state)
         if stopping:
             print0(f"saved at step {done}; to go on: python train.py --resume {folder}")
@@ -235,7 +238,7 @@ def main(args):
 
 
 def learning_rate(step, args, decay):
-    """A linear warm-up; with `decay` also a linear fall to zero at the last step."""
+    """A linear warm-up; with `decay` also a linear fall, to zero after the last step."""
     warm = min(1.0, (step + 1) / max(args.warmup, 1))
     return args.lr * warm * (1 - step / args.steps if decay else 1)
 
@@ -277,7 +280,9 @@ def update_ema(averages, trained, step, decay, since=None):
 
 
 def validate(model, data, batch_size=16):
-    """Mean Dice of the images or whole volumes: single-step inference, noise of seed 0."""
+    """Mean Dice of the images or whole volumes, at the side that the model sees and not at the
+    files' own size; single-step inference, noise of seed 0.
+    """
     counts, progress = {}, Progress(len(data), "items validated")
     for i in range(0, len(data), batch_size):
         indices = range(len(data))[i : i + batch_size]
@@ -357,7 +362,7 @@ def make_model(args, spec, init):
     if args.context == "neighbours" and not spec.volumes:
         raise UserError(f"--context neighbours: {spec.name} holds images; only volumes have slices")
     changes = dict(prediction=args.prediction, fusion=args.fusion, image_size=args.size,
-                   context=args.context)  # fmt: skip
+                   context=args.context if spec.volumes else "repeat")  # fmt: skip
     changes = {name: value for name, value in changes.items() if value}
     changes |= dict(classes=spec.classes, window=spec.window, plane=spec.plane)
     model = from_pretrained(init, **changes)
@@ -397,22 +402,25 @@ def describe(args, model, train_set, val_set, dtype, world_size):
 
 
 def resume(folder, train_set, state, steps):
-    """Put a run's state back -> step, best validation Dice. Raises UserError if it does not fit."""
+    """Put a run's state back -> step, the first step that is not averaged yet, best validation
+    Dice. Raises UserError if it does not fit.
+    """
     values = run_state.load_state(folder / "resume.pt", **state)
     if values["data"] != train_set.fingerprint:
         raise UserError(f"{folder}: the data set, or how it is read, has changed since this run")
     if values["step"] >= steps:
         raise UserError(f"{folder}: is at step {values['step']} already; give more --steps")
     print0(f"resumed at step {values['step']}, best {in_words(values['best'])}")
-    return values["step"], values["best"]
+    return values["step"], values["averaged"], values["best"]
 
 
 def curves(log):
     """What a run's curves.png shows, each against the step."""
-    panels = {"losses": run_state.LossMeter.names, "validation Dice": ["val_dice"],
-              "learning rate": ["lr"]}  # fmt: skip
-    return [(f"{title}, by step", log.curves(names), None, None)
-            for title, names in panels.items()]  # fmt: skip
+    return [
+        ("losses, by step", log.curves(run_state.LossMeter.names), None, None),
+        ("validation Dice, by step", log.curves(["val_dice"]), None, (0, 1)),
+        ("learning rate, by step", log.curves(["lr"]), None, None),
+    ]
 
 
 def log_losses(log, meter, done, lr, seconds_a_step, args):
@@ -436,10 +444,12 @@ def parse_args(argv=None):
     add("--data", help="cvc, kvasir, refuge2, btcv, btcv-organs, sts3d, demo, several as a+b, "
         "or a folder")  # fmt: skip
     add("--root", default="data", help="where the data sets are")
-    add("--split", default="random", choices=["random", "sequence"], help="sequence: cvc by video")
+    add("--split", default="random", choices=["random", "sequence"],
+        help="random: always the same; sequence: cvc by video")  # fmt: skip
     add("--size", type=positive_int, help="pixels, H = W (default: that of the weights)")
     add("--context", choices=["repeat", "neighbours"],
-        help="a volume slice's channels (default: those of the weights)")  # fmt: skip
+        help="a volume's slice three times, or between its neighbours (default: as the weights)",
+        )  # fmt: skip
     add("--augment", choices=["none", "flip", "full"],
         help=f"full: flips, crops, affine maps, colours {default['augment']}")  # fmt: skip
 
@@ -447,7 +457,7 @@ def parse_args(argv=None):
     add("--resume", metavar="DIR", help="go on with a run; only --steps and --root may be changed")
     add("--init", metavar="FILE", help="initial weights (default: sd-v1 if converted, else nano)")
     add("--out", metavar="DIR", help="the run's folder (default: runs/NAME)")
-    add("--seed", type=seed_int, default=0, help="of everything random")
+    add("--seed", type=seed_int, default=0, help="seed of everything random")
 
     add = parser.add_argument_group("optimisation").add_argument
     add("--steps", type=positive_int, help=f"optimiser steps {default['steps']}")
@@ -458,18 +468,20 @@ def parse_args(argv=None):
         help=f"steps between two validations {default['eval_every']}")  # fmt: skip
 
     add = parser.add_argument_group("method").add_argument
-    add("--prediction", choices=["eps", "x0", "v"], help="of the U-Net (default: the weights')")
+    add("--prediction", choices=["eps", "x0", "v"],
+        help="what the U-Net predicts (default: as the weights)")  # fmt: skip
     add("--fusion", choices=["concat", "cross"],
         help="z_c as channels or by cross-attention (default: that of the weights)")  # fmt: skip
     add("--freeze-encoder", action="store_true", help="do not train tau")
     add("--latent-weight", type=amount, default=1.0, help="lambda of Eq. 3")
     add("--mask-weight", type=amount,
-        help=f"of the loss on the decoded mask {default['mask_weight']}")  # fmt: skip
+        help=f"weight of the loss on the decoded mask {default['mask_weight']}")  # fmt: skip
     add("--terminal-fraction", type=fraction,
-        help=f"of the samples at t = T - 1 {default['terminal_fraction']}")  # fmt: skip
+        help=f"share of the samples at t = T - 1 {default['terminal_fraction']}")  # fmt: skip
 
     add = parser.add_argument_group("machine").add_argument
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help="of autocast")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"],
+        help="number format of autocast")  # fmt: skip
     add("--accumulate", type=positive_int, metavar="N", help="a step's batch in N parts, which "
         "saves memory (default: 1; on a CPU parts of at most 4 images of 256 px)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile: minutes at first, for long GPU runs")

@@ -36,7 +36,7 @@ class UNetConfig:
 
 
 def timestep_embedding(t, dim):
-    """t (B,) -> (B, dim) float32: cosines, then sines, of dim/2 frequencies from 1 to 1/10000."""
+    """t (B,) -> (B, dim) float32: cosines, then sines, of dim/2 frequencies, 1 to about 1/10000."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = t[:, None].float() * frequencies
     return torch.cat([angles.cos(), angles.sin()], dim=1)

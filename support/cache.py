@@ -80,15 +80,17 @@ def decode(spec, part, size, load_case):
 class LatentCache:
     """z_0 of masks: the autoencoder is frozen, so each mask is encoded once in each symmetry.
 
-    Masks are encoded one at a time, in float32, so a latent does not depend on the batch in which
-    it came first. They stay on its device, 1 GiB at most: 65,000 latents of 32 x 32.
+    Masks with keys are encoded one at a time, in float32, so a latent does not depend on the batch
+    in which it came first. The latents stay on the masks' device, 1 GiB at most: 65,000 of 32 x 32.
     """
 
     def __init__(self, encode):
         self.encode, self.known = encode, {}
 
     def __call__(self, mask, keys):
-        """mask (B, H, W), an int for each -> z_0 (B, 4, h, w). keys None: no mask comes again."""
+        """mask (B, H, W), an int for each -> z_0 (B, 4, h, w). keys None: no mask comes
+        again, and the batch is encoded as it is, under the caller's autocast.
+        """
         if keys is None:
             return self.encode(mask)
         z_0 = [self.known.get(key) for key in keys]

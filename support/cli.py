@@ -19,7 +19,7 @@ ADVICE = (  # what the text of an exception holds, and then what the user can do
 
 
 class UserError(Exception):
-    """Something that the user can mend. One line: the file, what is wrong, what to do."""
+    """Something that the user can fix. One line: the file, what is wrong, what to do."""
 
 
 def one_line(error):
@@ -43,7 +43,7 @@ def advice(error):
 def run_command(main):
     """Call `main` and exit with what it returns.
 
-    What the user can mend (UserError, OSError, too little memory, no compiler) is one line on
+    What the user can fix (UserError, OSError, too little memory, no compiler) is one line on
     stderr and exit status 2. Any other exception is a bug and keeps its traceback.
     """
     keep_freed_memory()

@@ -11,7 +11,7 @@ from PIL import Image
 
 
 def noise(rng, size, cells, channels=1):
-    """Smooth noise (size, size, channels) of about unit strength, `cells` bumps a side."""
+    """Smooth noise (size, size, channels) of about unit strength, `cells` + 3 values a side."""
     grid = rng.standard_normal((cells + 3, cells + 3, channels)).astype(np.float32)
     layers = [
         np.asarray(Image.fromarray(grid[..., c]).resize((size, size), Image.Resampling.BICUBIC))

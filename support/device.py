@@ -74,8 +74,9 @@ def compile_networks(model, **options):
 
 
 def loader_workers(device):
-    """Processes that load data beside a GPU. On a CPU none: they would take time from training."""
-    return min(12, os.cpu_count()) if device.type == "cuda" else 0
+    """Processes that load data for one GPU. On a CPU none: they would take time from training."""
+    gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # torchrun's processes on this machine
+    return min(12, max(1, os.cpu_count() // gpus)) if device.type == "cuda" else 0
 
 
 def own_gpu(local_rank):

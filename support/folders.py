@@ -1,7 +1,8 @@
 """Folders of images and masks: which files belong together, who is in which part, what masks mean.
 
 The rule for masks: where the values do not say plainly what they mean, the file is refused, with
-its values and the way out. Splits of a user's own folder depend on the images alone.
+its values and the way out. A user's own folder is split by the images' bytes alone, unless it has
+a split.json, a groups.json or folders for its parts.
 """
 
 import contextlib
@@ -443,7 +444,7 @@ def split_by_hash(cases, where):
     """About 80 / 10 / 10 by a hash of the image's bytes, or of the group's name -> splits.
 
     The k lowest hashes are the test part, the k highest the validation part; k is the number of
-    low hashes or of high ones, whichever is smaller. So a file that comes or goes moves at most one
+    low hashes or of high ones, whichever is smaller. So adding or removing a file moves at most one
     other: at its own end, or at the other end if k changes. (It may be two if no hash lies in
     between, as in about one of 1,000 sets of four.) Equal images stay together. Raises UserError.
     """

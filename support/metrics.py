@@ -65,9 +65,10 @@ def crop_to_both(a, b):
 def hd95(prediction, truth, spacing):
     """95th percentile of the distances between two surfaces, in the unit of `spacing`; a float.
 
-    Two bool arrays, cropped to save time; `spacing` is the size of a pixel along each axis. nan if
-    a mask is empty. The larger of the two directed percentiles, exact, as MONAI's
-    compute_hausdorff_distance(percentile=95); medpy's hd95 pools both directions first.
+    Two bool arrays; `spacing` is the size of a pixel along each axis. nan if a mask is empty. The
+    larger of the two directed percentiles, exact, as MONAI's compute_hausdorff_distance(
+    percentile=95); medpy's hd95 pools both directions first. `crop_to_both` before this saves time
+    and changes nothing.
     """
     if not (prediction.any() and truth.any()):
         return float("nan")
@@ -85,7 +86,7 @@ def surface(mask):
 
 
 def nearest_distances(a, b, spacing):
-    """The distance of each pixel in `a` to the nearest in `b` -> (N,) float32. b is not empty.
+    """The distance of each pixel in `a` to the nearest in `b`, one number each. b is not empty.
 
     The squared distance is a sum over the axes, so its minimum is found axis by axis.
     """
@@ -187,7 +188,9 @@ def bootstrap_interval(values, groups, resamples=5000):
 
 @torch.no_grad()
 def latent_std(model, data, n=512):
-    """Standard deviation of the unscaled latents of n to 2 n masks, not augmented."""
+    """Standard deviation of the unscaled latents of all masks, not augmented; if there are more
+    than n, of n to 2 n of them.
+    """
     latents, indices = [], range(0, len(data), max(1, len(data) // n))
     progress = Progress(len(indices), "masks encoded")
     for i in range(0, len(indices), 16):
@@ -199,7 +202,8 @@ def latent_std(model, data, n=512):
 
 @torch.no_grad()
 def vae_dice(model, data, n=16):
-    """Dice of n to 2 n masks after encoding and decoding: what exact latents would give.
+    """Dice of all masks, or n to 2 n of more, after encoding and decoding: the best that a U-Net
+    could reach.
 
     Their pixels are counted together, as those of a volume's slices are: in a slice without a
     class, one wrong pixel would give 0. The mean is over the classes; nan if the masks hold none.

@@ -110,6 +110,7 @@ class Log:
 class LossMeter:
     """Means of the losses since the last line of the log, and the number of skipped steps.
 
+    Of several processes each counts its own share of the batch, and the log is that of the first.
     The sums stay on the device, so the loop does not wait for it.
     """
 

@@ -52,7 +52,7 @@ def in_mm(numbers):
 
 
 def open_file(path):
-    """-> the file, decompressed if its first two bytes say gzip, because endings lie."""
+    """-> the file, decompressed if its first two bytes say gzip, because an ending may be wrong."""
     with open(path, "rb") as file:
         opener = gzip.open if file.read(2) == b"\x1f\x8b" else open
     return opener(path, "rb")
@@ -137,8 +137,9 @@ def grid_in_space(path):
 
 
 def choose_plane(paths):
-    """How the volumes of a data set are sliced: axially, unless another axis of space has a
-    spacing (the median over the volumes) of more than 1.5 times both others', or a single voxel.
+    """How the volumes of a data set are sliced: axially, unless the spacing of another axis of
+    space (the median over the volumes) is more than 1.5 times that of each other axis, or it has a
+    single voxel.
     """
     spacings = []
     for path in paths:
@@ -170,7 +171,7 @@ def write_volume(path, values, geometry):
 def compare_grids(image, mask, path):
     """The Geometries of an image and its mask -> None, or what to know where they differ.
 
-    Arrays are compared voxel by voxel all the same. Raises UserError for a mask that is stored in
+    Arrays are compared voxel by voxel in any case. Raises UserError for a mask that is stored in
     another orientation and has no affine that leads to the image's place: it may be mirrored.
     """
     # How far apart the corners of the two grids are, in voxels; an affine may flatten space

@@ -90,7 +90,9 @@ def checked_value(kind, value, where):
 
 
 def load_strict(module, tensors, path):
-    """Give a module its tensors; float32 is not copied. Raises UserError naming the misfits."""
+    """Give a module its tensors; float32 is not copied. Raises UserError that names up to five
+    tensors that do not fit, and counts the others.
+    """
     expected = module.state_dict()
     wrong = [f"missing {name}" for name in expected if name not in tensors]
     wrong += [f"unexpected {name}" for name in tensors if name not in expected]

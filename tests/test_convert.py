@@ -176,6 +176,7 @@ def test_published_run_keeps_its_encoder_and_scales(tiny):
     g, config = golden("vae-tiny")[1], model.config
     close(model.encode_image(g["image"]), g["sdseg_condition"])
     assert config.mask_scale == pytest.approx(0.1145) and config.image_scale == 1
+    assert config.data  # it is trained
     assert (config.beta_start, config.beta_end) == (0.0015, 0.0155)
 
 

@@ -171,7 +171,9 @@ def test_training_images_are_left_out(folder, capsys):
     with pytest.raises(UserError, match="no case is left"):
         scored(trained, "val")
     assert scored(trained, "train") == spec.splits["train"]
+    capsys.readouterr()
     assert scored(SDSegConfig(data="other"), "test") == test
+    assert "does not say which images it was trained on" in capsys.readouterr().out
 
 
 def test_the_split_is_that_of_the_model(tmp_path, monkeypatch):

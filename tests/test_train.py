@@ -248,6 +248,21 @@ def test_a_run_in_little_memory_gives_the_same_weights(monkeypatch):
     assert_same_end("whole", "parts")
 
 
+def test_no_step_is_averaged_twice(monkeypatch):
+    """In little memory one move of the average stands for several steps, also in a longer run."""
+    moves, move = [], train.update_ema
+
+    def record(averages, trained, step, decay, since):
+        moves.append((since, step))
+        move(averages, trained, step, decay, since)
+
+    monkeypatch.setattr(train, "is_too_small", lambda device, trained: True)
+    monkeypatch.setattr(train, "update_ema", record)
+    run("longer", steps=4)
+    resume("longer", "--steps", "7")
+    assert moves == [(0, 2), (3, 3), (4, 4), (5, 5), (6, 6)]  # nano: every 5 steps
+
+
 def test_float16_scales_its_loss(monkeypatch):
     """`auto` is float16 on a GPU without bfloat16; the scaled loss gives nearly the same losses."""
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda **_: False)

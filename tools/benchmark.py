@@ -3,7 +3,7 @@
 Times are medians, from a batch of images on the device to their probabilities there. What is
 compared is called in turn, so that other load on the machine slows all of it alike. Random weights
 cost the same as trained ones. `--diffusers` also times diffusers' modules in our sampler, in the
-same precision, and on a CPU also in float32, which is how they come.
+same precision, and on a CPU also in float32, which is their default.
 """
 
 import contextlib

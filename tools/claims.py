@@ -4,10 +4,10 @@ Every row of two experiments is trained with several seeds and scored on validat
 (row, seed) leaves one small JSON in --out; a second call goes on where the first was stopped.
 `--report` makes three tables and a figure of the JSONs. Rows differ from the row that they are
 compared with in what their line in TABLE says, and in nothing else: same data, batches and steps.
-Latents have 8 x 8 pixels in all rows: images of 64 px with the f8 autoencoder, of 32 px with the f4
-one. This command trains both autoencoders; the rows keep them frozen. The rate is constant after a
-warm-up and the weights are averaged (EMA), because plateaus are compared: mean validation Dice of
-the last third.
+Latents have 8 x 8 pixels: images of 64 px with the f8 autoencoder, of 32 px with the f4 one. This
+command trains both autoencoders; the rows keep them frozen, but `logits` trains its own, and
+`plain` has none. The rate is constant after a warm-up and the weights are averaged (EMA), because
+plateaus are compared: mean validation Dice of the last third.
 Letters: B batch, N images, S pixels of a side, M measurements, z_0 z_t z_c as in `sdseg.py`.
 """
 

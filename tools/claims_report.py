@@ -66,7 +66,7 @@ def difference(ours, theirs, groups):
 
 
 def in_words(ours, theirs, groups):
-    """A difference as a cell: its mean, its interval, and a * where it is told from chance: the
+    """A difference as a cell: its mean, its interval, and a * where chance hardly explains it: the
     interval leaves out 0, and all seeds, two or more, agree about the sign.
     """
     if not ours.keys() & theirs.keys():

@@ -111,6 +111,9 @@ def cases_to_score(args, config, spec):
     if args.part == "train":
         print(f"the model was trained on {seen} of these {len(cases)} cases")
         return cases[: args.limit]
+    if not trained_on:
+        print("the model does not say which images it was trained on; some of these may be among "
+              "them")  # fmt: skip
     if seen:
         print(f"left out {seen} of {len(cases)} cases: the model, or the weights that it started "
               "from, saw them in training")  # fmt: skip

@@ -4,7 +4,8 @@
 
 MONAI's BasicUNet goes from the image to the logits: no latent, no noise, no time step. Split,
 items, augmentation, optimiser, moving average, validation and the loss, cross-entropy + Dice, are
-those of nano's recipe in `train.py`. `--score` evaluates a test part as `tools.evaluate` does.
+those of nano's recipe in `train.py`; the peak learning rate is 1e-3 (nano: 5e-4). `--score`
+evaluates a test part as `tools.evaluate` does.
 """
 
 import time
@@ -39,9 +40,11 @@ def parse_args(argv=None):
     add("--batch-size", type=positive_int, default=RECIPE["batch_size"], help="images a step")
     add("--lr", type=bounded(float, 0), default=1e-3, help="peak rate; it falls linearly to zero")
     add("--warmup", type=bounded(int, 0), default=RECIPE["warmup"], help="steps of warm-up")
-    add("--eval-every", type=positive_int, default=RECIPE["eval_every"], help="steps between two")
-    add("--seed", type=seed_int, default=0, help="of everything random")
-    add("--precision", default="auto", choices=["auto", "fp32", "bf16"], help="of autocast")
+    add("--eval-every", type=positive_int, default=RECIPE["eval_every"],
+        help="steps between two validations")  # fmt: skip
+    add("--seed", type=seed_int, default=0, help="seed of everything random")
+    add("--precision", default="auto", choices=["auto", "fp32", "bf16"],
+        help="number format of autocast")  # fmt: skip
     add("--score", action="append", default=[], metavar="DATA", help="a data set to score; repeats")
     add("--out", default="runs/plain-unet", metavar="DIR", help="where the results go")
     return parser.parse_args(argv)
