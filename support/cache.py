@@ -19,7 +19,7 @@ from support.cli import Progress, atomic_write
 from support.folders import file_hash
 from support.images import resize_image, resize_mask
 
-VERSION = 8  # of the items; raise it when reading or resizing changes
+VERSION = 9  # of the items; raise it when reading or resizing changes
 
 
 def fingerprint(spec, part, size):

@@ -29,6 +29,8 @@ FOLDER_PARTS = {"train": "train", "training": "train", "val": "val", "valid": "v
 MAX_CLASSES = 14  # background included; `sdseg.class_colours` keeps as many colours apart
 TWO_CLASSES = ("background", "foreground")
 ENDINGS = (*images.IMAGE_ENDINGS, *volumes.VOLUME_ENDINGS)
+# What Synology, Windows and macOS put beside files: thumbnails, deleted files
+SYSTEM_NAMES = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "Thumbs.db")
 
 
 @dataclass(frozen=True)
@@ -76,19 +78,26 @@ def natural_sort_key(name):
 def walk(folder):
     """-> the readable files below a folder, sorted, and the others. Hidden files are left out.
 
-    Links to folders are followed, but not into a folder that they lie in: a circle ends.
+    Links to folders are followed, but not into a folder that they lie in: a circle ends. Raises
+    UserError for a folder that may not be opened.
     """
+
+    def refuse(error):
+        raise UserError(f"{error.filename}: {error.strerror}")
+
+    def visible(names):
+        return sorted(n for n in names if not n.startswith(".") and n not in SYSTEM_NAMES)
+
     readable, others = [], []
-    for where, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
+        folders[:] = visible(folders)
         above = [os.path.realpath(parent) for parent in Path(where).absolute().parents]
         if os.path.realpath(where) in above:
             folders.clear()
             continue
-        for name in sorted(names):
-            if not name.startswith(".") and name != "Thumbs.db":
-                found = readable if name.lower().endswith(ENDINGS) else others
-                found.append(Path(where, name))
+        for name in visible(names):
+            found = readable if name.lower().endswith(ENDINGS) else others
+            found.append(Path(where, name))
     return readable, others
 
 
@@ -354,7 +363,7 @@ def read_json(path, is_valid, needs):
     """-> what a file holds, or None where there is no file. Raises UserError."""
     if not path.exists():
         return None
-    with contextlib.suppress(ValueError, RecursionError):
+    with contextlib.suppress(ValueError, RecursionError, OverflowError):
         value = json.loads(path.read_text(encoding="utf-8-sig"))  # Windows editors add a mark
         if is_valid(value):
             return value
@@ -425,13 +434,17 @@ def keep_groups(splits, where):
 
 
 def split_by_folder(cases, where):
-    """images/{train,val,test}/ -> splits; None unless all images lie in folders with such names.
+    """images/{train,val,test}/ -> splits; None if no image lies in a folder with such a name.
 
-    Raises UserError if one of the parts is missing.
+    Raises UserError if only some images do, or if one of the parts is missing.
     """
     parts = [FOLDER_PARTS.get(case.name.partition("/")[0].lower()) for case in cases]
-    if None in parts:
+    if not any(parts):
         return None
+    if None in parts:
+        outside = cases[parts.index(None)].image
+        raise UserError(f"{outside}: some of the folders beside it are parts, such as train or "
+                        "test, and its own is not; move it, or write split.json")  # fmt: skip
     splits = {part: tuple(c for c, p in zip(cases, parts) if p == part) for part in PARTS}
     if not all(splits.values()):
         missing = ", ".join(part for part in PARTS if not splits[part])

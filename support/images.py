@@ -11,7 +11,7 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageFilter, ImageOps, PngImagePlugin
 
 from support.cli import UserError, atomic_write, one_line
 
@@ -20,9 +20,11 @@ FORMATS = ("PNG", "JPEG", "BMP", "TIFF", "GIF", "WEBP")  # nothing else is opene
 LOSSLESS = ("PNG", "BMP", "TIFF", "GIF")
 OTHER_VOLUMES = (".dcm", ".ima", ".nrrd", ".nhdr", ".mha", ".mhd", ".mgz", ".mgh", ".hdr", ".img")
 SAVE_GREY = "save it as PNG with a grey value for each class: 0, 1, 2 and so on"
-BITS, PHOTOMETRIC, PLANAR = 258, 262, 284  # tags of TIFF
+WIDTH, HEIGHT, BITS, PHOTOMETRIC = 256, 257, 258, 262  # tags of TIFF
+PLANAR, SAMPLE_FORMAT = 284, 339
 CONVERT = "volumes are read as NIfTI; convert it, for example with dcm2niix"
 Image.MAX_IMAGE_PIXELS = 50_000_000  # Pillow warns above, and refuses above twice as many
+PngImagePlugin.MAX_TEXT_CHUNK = 2**26  # the metadata of some programs are larger than its 1 MB
 warnings.filterwarnings("ignore", module="PIL")  # they name a line of Pillow's, not the file
 
 
@@ -43,7 +45,9 @@ def why_unreadable(path, kind, error):
         return f"{path}: empty file"
     if is_other_volume(path):
         return f"{path}: {CONVERT}"
-    if str(path).lower().endswith((".tif", ".tiff")):
+    if isinstance(error, Image.DecompressionBombError):
+        kind = f"{kind}; 100 million pixels at most"
+    elif str(path).lower().endswith((".tif", ".tiff")):
         kind = f"{kind}; a TIFF needs 8 or 16 bits without sign, or float32"
     return f"{path}: not a readable {kind} ({one_line(error)[:120]})"
 
@@ -55,7 +59,8 @@ def open_image(path):
     `white_is_zero` whether a TIFF says so: Pillow then inverts 1 and 8 bits, and not more.
     """
     try:
-        with Image.open(path, formats=FORMATS) as image:
+        # As a file: Pillow maps a path into memory, and a turned TIFF then comes out wrong
+        with open(path, "rb") as file, Image.open(file, formats=FORMATS) as image:
             if getattr(image, "n_frames", 1) > 1:
                 print(f"{path}: {image.n_frames} frames; the first is used", file=sys.stderr)
             deep_colours = image.mode.startswith("RGB") and ";16" in str(image.tile)
@@ -66,6 +71,11 @@ def open_image(path):
                 raise UserError(f"{path}: a TIFF with one plane for each colour, of more than 8 "
                                 "bits; save it as PNG")  # fmt: skip
             image.load()
+            signed = tags.get(SAMPLE_FORMAT, (1,))[0] == 2
+            wraps = not deep if signed else image.mode == "I" and image.getextrema()[0] < 0
+            if tags and wraps:  # Pillow takes -1 for 255, and 2**31 for -2**31
+                raise UserError(f"{path}: a TIFF of 8 bits with sign, or with values of more than "
+                                "31 bits; save it as PNG")  # fmt: skip
             if not image.mode.startswith(("I", "F")):
                 Image.new(image.mode, (1, 1)).convert("RGB")  # raises where Pillow cannot, as LAB
             upright = ImageOps.exif_transpose(image)
@@ -82,7 +92,9 @@ def exif_orientation(path):
     """-> 1 to 8, and the size as stored. Other numbers are in use and mean nothing, as 1 does."""
     with Image.open(path, formats=FORMATS) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-        return orientation if orientation in range(1, 9) else 1, image.size
+        tags = getattr(image, "tag_v2", None)  # the `size` of a TIFF is turned already
+        size = (tags[WIDTH], tags[HEIGHT]) if tags else image.size
+        return orientation if orientation in range(1, 9) else 1, size
 
 
 def compare_exif(image, mask):
@@ -114,7 +126,9 @@ def intensity_window(values):
 
     Where they are equal, as in a volume that is empty but for a vessel: the extremes.
     """
-    sample = values.ravel()[:: max(1, values.size // 1_000_000)]
+    sample = values.ravel()
+    if sample.size > 1_000_000:
+        sample = sample[np.random.default_rng(0).integers(sample.size, size=1_000_000)]
     low, high = np.percentile(sample, [0.5, 99.5]).tolist()
     return (low, high) if low < high else (float(values.min()), float(values.max()))
 
@@ -122,7 +136,7 @@ def intensity_window(values):
 def window_to_uint8(values, window):
     """Intensities -> uint8: low becomes 0, high 255, what lies outside is cut."""
     low, high = window
-    scale = 255 / max(high - low, 1e-9)
+    scale = 255 / ((high - low) or 1)
     return ((values - low) * scale).round().clip(0, 255).astype(np.uint8)
 
 

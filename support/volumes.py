@@ -79,6 +79,8 @@ def open_volume(path):
             raise UserError(f"{path}: a volume of {shape} voxels; at most 8 GB are read")
         if bytes(header["magic"])[:2] != b"n+":
             raise UserError(f"{path}: half of a pair, .hdr and .img; save it as one .nii")
+        if header.get_data_offset() < header.single_vox_offset:
+            raise UserError(f"{path}: its header says that the voxels begin inside of it")
         content = start + file.read(max(size - len(start), 0))
         file.read(1 << 20)  # gzip checks the sum at the end of the file
     return kind.from_bytes(content)
@@ -131,7 +133,8 @@ def grid_in_space(path):
             header = read_header(file)[1]
         affine, shape = header.get_best_affine(), (*header.get_data_shape(), 1, 1)[:3]
         order = np.argsort(orientation_of(affine)[:, 0])
-        return np.take(shape, order), voxel_sizes(affine)[order]
+        unit = {1: 1000, 3: 0.001}.get(int(header["xyzt_units"]) % 8, 1)  # metre, micron; else mm
+        return np.take(shape, order), unit * voxel_sizes(affine)[order]
     except Exception as error:  # damaged files make nibabel raise many kinds of exceptions
         raise UserError(images.why_unreadable(path, "NIfTI volume", error)) from None
 

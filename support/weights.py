@@ -5,6 +5,7 @@ is strict.
 """
 
 import json
+import math
 from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import Literal, get_args, get_origin, get_type_hints
@@ -82,7 +83,7 @@ def checked_value(kind, value, where):
         if options[-1] is not Ellipsis and len(value) != len(options):
             raise UserError(f"{where} needs {len(options)} values")
         return tuple(checked_value(options[0], v, where) for v in value)
-    if kind is float and type(value) in (int, float) and abs(value) < 1e6:
+    if kind is float and type(value) in (int, float) and math.isfinite(value):
         return float(value)
     if kind is float or type(value) is not kind or (kind is int and not 1 <= value <= 8192):
         raise UserError(f"{where} is {value!r:.40}, which has a wrong type or size")

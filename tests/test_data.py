@@ -308,9 +308,11 @@ BAD = {  # the words of the refusal: what is done to a folder of 10 pairs
     "2 to 14 different names": lambda r: write(r, "classes", ["a", "a"]),
     "'case1' has no group": lambda r: write(r, "groups", {"case0": "p"}),
     "window.json: needs": lambda r: write(r, "window", [240, -160]),
+    "window.json: needs, as JSON": lambda r: write(r, "window", [0, 10**400]),
     "only volumes have": lambda r: write(r, "window", [-160, 240]),
     "names are like 'case0'": lambda r: write(r, "split", {p: ["case1.png"] for p in PARTS}),
     "there is none for test": lambda r: by_part(r, "train", "val"),
+    "its own is not; move it": lambda r: by_part(r, "train", "val", "test", "test_external"),
     "is in train and in val": lambda r: [write(r, "groups", dict.fromkeys(CASES, "p")),
                                          write(r, "split", {p: [c] for p, c in zip(PARTS, CASES)})],
 }  # fmt: skip

@@ -60,7 +60,8 @@ def bright(model, images, *settings):
 def test_a_perfect_prediction_against_another_run(model, folder, tmp_path, monkeypatch, capsys):
     """The truth scores 1, at no distance; the cases of two runs are paired by name, or counted."""
     monkeypatch.setattr(evaluate, "segment_images", bright)
-    (tmp_path / "other.csv").write_text("case,dice\n0,0.5\n1,0.75\n2,\nx,0.1\n")
+    text = "\ufeffcase,dice\n0,0.5\n1,0.75\n2,\nx,0.1\n"  # with the mark that Excel adds
+    (tmp_path / "other.csv").write_text(text, encoding="utf-8")
     flags = ("--data", folder, "--model", model, "--out", tmp_path)
     summary, cases = run(*flags, "--against", tmp_path / "other.csv")
     perfect = {"mean": 1, "std": 0, "low": 1, "high": 1, "n": 8}

@@ -8,16 +8,17 @@ import struct
 import nibabel as nib
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter
+from PIL import Image, ImageFilter, PngImagePlugin
 
 from data import find, load_case
 from support.cli import UserError
 from support.folders import PARTS, Case, DatasetSpec, mask_to_class_ids
-from support.images import compare_exif, read_image, read_mask
+from support.images import compare_exif, intensity_window, read_image, read_mask
 from support.volumes import (
     PLANES,
     choose_plane,
     compare_grids,
+    grid_in_space,
     read_volume,
     slices_of,
     slices_to_uint8,
@@ -70,8 +71,34 @@ def test_exif_turns_upright_and_one_sided_exif_is_said(tmp_path):
     assert compare_exif(turned, tmp_path / "drawn upright.png") is None
 
 
+@pytest.mark.parametrize("mode", ["L", "RGB"])
+def test_a_turned_tiff_is_read_as_a_turned_png(mode, tmp_path):
+    """Pillow 13 scrambles turned grey TIFFs that it maps into memory, and turns their size."""
+    image, exif = Image.fromarray(NOISE).convert(mode), Image.Exif()
+    exif[0x0112] = 6
+    turned = [tmp_path / "x.tif", tmp_path / "x.png"]
+    for path in turned:
+        image.save(path, exif=exif)
+    assert np.array_equal(*map(read_image, turned)) and read_image(turned[0]).shape == (30, 20, 3)
+    Image.new("L", (30, 20)).save(tmp_path / "as stored.png")
+    Image.new("L", (20, 30)).save(tmp_path / "drawn upright.png")
+    for path in turned:
+        assert "6 in the image" in compare_exif(path, tmp_path / "as stored.png")
+        assert compare_exif(path, tmp_path / "drawn upright.png") is None
+
+
+def test_large_metadata_hide_no_image(tmp_path):
+    """Some programs write metadata of megabytes into a PNG."""
+    text = PngImagePlugin.PngInfo()
+    text.add_text("XML:com.adobe.xmp", "a" * 3_000_000, zip=True)
+    Image.fromarray(NOISE).save(tmp_path / "x.png", pnginfo=text)
+    assert np.array_equal(read_image(tmp_path / "x.png"), NOISE)
+
+
 def test_tiffs_that_pillow_would_read_wrong(tmp_path):
-    """White as 0: deep images are inverted, masks refused. Planes of 16 bits are refused."""
+    """White as 0: deep images are inverted, masks refused. Planes of 16 bits, 8 bits with sign and
+    more than 31 bits are refused.
+    """
     path, values = tmp_path / "x.tif", np.arange(600, dtype=np.uint16).reshape(20, 30)
     Image.fromarray(values).save(path)
     plain, content = read_image(path), path.read_bytes()
@@ -85,6 +112,14 @@ def test_tiffs_that_pillow_would_read_wrong(tmp_path):
     for read in (read_image, read_mask):
         with pytest.raises(UserError, match="one plane for each colour"):
             read(path)
+    sample_format = struct.Struct("<HHIH")
+    for kind, written, meant in (np.uint8, 1, 2), (np.int32, 2, 1):
+        Image.fromarray(values.astype(kind) - kind(9)).save(path, tiffinfo={339: written})
+        content, old = path.read_bytes(), sample_format.pack(339, 3, 1, written)
+        assert old in content
+        path.write_bytes(content.replace(old, sample_format.pack(339, 3, 1, meant)))
+        with pytest.raises(UserError, match="8 bits with sign"):
+            read_image(path)
 
 
 def test_an_alpha_channel_that_is_not_in_use_hides_nothing(tmp_path):
@@ -357,8 +392,24 @@ def test_a_volume_that_is_almost_empty_keeps_its_grey_values():
     assert len(np.unique(slices_to_uint8(volume, None, "axial", "repeat"))) > 50
 
 
+def test_all_slices_decide_about_the_grey_values():
+    """A million voxels are looked at; where they were every fourth one, all were of slice 0."""
+    volume = np.zeros((1000, 1000, 4), np.float32)
+    volume[..., 1:] = 900
+    assert intensity_window(volume) == (0, 900)
+
+
+def test_distances_are_in_millimetres(tmp_path):
+    """Headers may give the spacing in metres or in microns."""
+    for unit, factor in (("mm", 1), ("meter", 1000), ("micron", 0.001), ("unknown", 1)):
+        volume = nib.Nifti1Image(np.zeros((2, 3, 4), np.uint8), GRID)
+        volume.header.set_xyzt_units(unit)
+        nib.save(volume, tmp_path / "v.nii")
+        assert grid_in_space(tmp_path / "v.nii")[1] == pytest.approx(factor * GRID.diagonal()[:3])
+
+
 def test_odd_volumes_are_read(tmp_path):
-    """NaN, infinity, a last axis of 1, no affine, a slope, an ending that lies: they are read."""
+    """NaN, infinity, a last axis of 1, no affine, a slope, a wrong ending: they are read."""
     values = np.array([1, np.nan, np.inf, -np.inf, 5, 2], np.float32).reshape(1, 2, 3)
     got, _ = read_volume(save_volume(tmp_path / "a.nii", values))
     assert sorted(got.ravel()) == [1, 1, 1, 2, 5, 5]
@@ -397,6 +448,7 @@ BAD_VOLUMES = {  # the words of the refusal: how to make it
     "affine holds NaN": lambda p: broken_header(p, 280, "<f", float("nan")),
     "not a readable NIfTI volume": lambda p: broken_header(p, 70, "<h", 999),
     "4-D": lambda p: save_volume(p, np.zeros((4, 4, 4, 3), np.int16)),
+    "begin inside of it": lambda p: broken_header(p, 108, "<f", 0),
     "give numbers": lambda p: save_volume(p, np.zeros((4, 4, 4), [(c, "u1") for c in "RGB"])),
     "no value is finite": lambda p: save_volume(p, np.full((4, 4, 4), np.nan, np.float32)),
     "empty file": lambda p: p.touch(),

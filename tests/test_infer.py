@@ -193,8 +193,11 @@ def masks_in(folder):
 
 
 def test_a_folder_is_its_files(model, tmp_path, capsys):
-    """Sub-folders and links are followed, each file once; hidden files and results are left out."""
-    for name in ("a.png", "sub/c.jpg", "d_mask.png", ".e.png", "sub/.hidden/f.png"):
+    """Sub-folders and links are followed, each file once; hidden files, results and what a system
+    puts beside files are left out.
+    """
+    left_out = "d_mask.png", ".e.png", "sub/.hidden/f.png", "@eaDir/a.png/SYNOPHOTO_THUMB_M.jpg"
+    for name in ("a.png", "sub/c.jpg", *left_out):
         draw(tmp_path / "in" / name)
     draw(tmp_path / "far/b.png")
     (tmp_path / "in/patient").symlink_to(tmp_path / "far")
@@ -210,6 +213,17 @@ def test_a_folder_is_its_files(model, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image and no volume in it"):
         run(tmp_path / "empty", model=model, out=tmp_path / "o")
+
+
+def test_a_folder_that_may_not_be_opened_is_refused(model, tmp_path, monkeypatch):
+    """Its files would be missing in the results, without a word."""
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr("os.scandir", refuse)
+    with pytest.raises(UserError, match=f"{tmp_path}: Permission denied"):
+        run(tmp_path, model=model, out=tmp_path / "o")
 
 
 def test_one_bad_file_does_not_stop_the_rest(model, tmp_path, capsys):

@@ -224,7 +224,7 @@ def summarise(values, groups):
 def read_against(path):
     """Another run's cases.csv -> {name: Dice}. Raises UserError."""
     try:
-        with open(path, **CSV) as file:
+        with open(path, **CSV | {"encoding": "utf-8-sig"}) as file:
             return {row["case"]: float(row["dice"] or "nan") for row in csv.DictReader(file)}
     except (KeyError, ValueError, csv.Error):
         raise UserError(f"{path}: not a cases.csv; it needs the columns case and dice") from None
