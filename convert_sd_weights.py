@@ -190,8 +190,9 @@ def main(args):
     out = Path(args.out or f"weights/{name}.safetensors")
     if out.suffix != ".safetensors":
         raise UserError(f"--out {out}: give a name that ends in .safetensors")
-    if out.exists() and any(out.samefile(source) for source in args.source):
-        raise UserError(f"--out {out}: this is the source; give another name")
+    sources = {Path(source).resolve() for source in args.source}
+    if out.exists() and sources & {out.resolve(), *out.resolve().parents}:
+        raise UserError(f"--out {out}: this is the source, or a file of it; give another name")
     print(f"found    {kind} in {where}")
     report(weights, left)
     if not published:

@@ -150,10 +150,13 @@ def main(args):
 
     # 4. The run's folder, and the state of a resumed run
     folder, state = Path(args.out), dict(model=model, ema=ema, optimizer=optimizer, scaler=scaler)
+    fingerprint = train_set.fingerprint + val_set.fingerprint
     start, averaged, best = 0, 0, -1.0  # the step to go on at, the first that is not averaged yet
     if args.resume:
-        start, averaged, best = resume(folder, train_set, state, args.steps)
+        start, averaged, best = resume(folder, fingerprint, state, args.steps)
     if rank == 0:
+        if not args.resume:
+            run_state.claim_folder(folder)
         log = run_state.Log(folder / "log.csv", LOG_COLUMNS, start)
         run_state.write_settings(folder, vars(args), asdict(model.config))
     net = DistributedDataParallel(model) if world_size > 1 else model
@@ -225,8 +228,7 @@ def main(args):
                 best = score
                 ema.save(folder / "model.safetensors")
         if rank == 0 and (due or stopping):
-            data = train_set.fingerprint
-            values = dict(step=done, averaged=averaged, best=best, data=data)
+            values = dict(step=done, averaged=averaged, best=best, data=fingerprint)
             run_state.save_state(folder / "resume.pt", values, **state)
         if stopping:
             print0(f"saved at step {done}; to go on: python train.py --resume {folder}")
@@ -348,7 +350,7 @@ def resolve_defaults(args, world_size, device):
         if getattr(args, name) is None:
             setattr(args, name, recipe[name])
     args.out = args.out or f"runs/{Path(args.data).resolve().name.replace('+', '-')}"
-    if (Path(args.out) / "resume.pt").exists():
+    if any(Path(args.out, name).exists() for name in ("config.json", "model.safetensors")):
         raise UserError(f"{args.out}: holds a run already; --resume {args.out}, or another --out")
     return args.init, why
 
@@ -401,12 +403,12 @@ def describe(args, model, train_set, val_set, dtype, world_size):
            f"{world_size}; {args.steps} steps of {args.batch_size}")  # fmt: skip
 
 
-def resume(folder, train_set, state, steps):
+def resume(folder, fingerprint, state, steps):
     """Put a run's state back -> step, the first step that is not averaged yet, best validation
     Dice. Raises UserError if it does not fit.
     """
     values = run_state.load_state(folder / "resume.pt", **state)
-    if values["data"] != train_set.fingerprint:
+    if values["data"] != fingerprint:
         raise UserError(f"{folder}: the data set, or how it is read, has changed since this run")
     if values["step"] >= steps:
         raise UserError(f"{folder}: is at step {values['step']} already; give more --steps")

@@ -43,6 +43,7 @@ esac
 # 3. Training: a run that has a state goes on; the log tells whether it is finished
 trained=$(tail -n 1 "$OUT/log.csv" 2> /dev/null | cut -d, -f1) || true
 if [ ! -e "$OUT/resume.pt" ]; then
+    rm -f "$OUT/config.json"  # of a run that was killed before it saved anything
     compile=$(python -c "import torch; print('--compile' * torch.cuda.is_available())")
     python train.py --data "$data" --root "$ROOT" --init "$INIT" --size "$SIZE" --lr "$LR" --warmup "$WARMUP" \
         --steps "$STEPS" --batch-size "$BATCH" --precision "$PRECISION" --eval-every "$EVERY" --seed "$SEED" \

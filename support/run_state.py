@@ -1,5 +1,6 @@
 """What a run keeps on disk, and how it stops: resume.pt, config.json, log.csv, signals."""
 
+import atexit
 import csv
 import json
 import os
@@ -59,6 +60,20 @@ def check_shapes(optimizer):
 
 
 # ---- config.json ----
+
+
+def claim_folder(folder):
+    """Make an empty config.json, so that no second run begins in this folder, or UserError. A run
+    that ends before it has saved anything gives the folder back.
+    """
+    path = Path(folder) / "config.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        path.touch(exist_ok=False)
+    except FileExistsError:
+        raise UserError(f"{folder}: another run has begun in it; give another --out") from None
+    saved = path.with_name("resume.pt")
+    atexit.register(lambda: saved.exists() or path.unlink(missing_ok=True))
 
 
 def write_settings(folder, args, model):

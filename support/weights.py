@@ -21,9 +21,14 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def write_weights(path, tensors, config, half=False):
-    """Save {name: tensor} and a dataclass; `half` stores float32 as float16."""
+    """Save {name: tensor} and a dataclass; `half` stores floats as float16. Raises UserError if a
+    weight is too large for it.
+    """
     if half:
-        tensors = {k: v.half() if v.dtype == torch.float32 else v for k, v in tensors.items()}
+        halves = {k: v.half() if v.is_floating_point() else v for k, v in tensors.items()}
+        if large := [k for k, v in halves.items() if (v.isinf() & tensors[k].isfinite()).any()]:
+            raise UserError(f"{path}: {large[0]} holds a weight that is too large for float16")
+        tensors = halves
     tensors = {k: v.detach().contiguous() for k, v in tensors.items()}
     with atomic_write(path) as temporary:
         try:

@@ -146,6 +146,13 @@ def test_ema_takes_the_averages_and_half_halves_the_file(tiny, capsys):
     public = plain[BIAS]
     for out, expected in (("plain", public), ("ema", 2 * public), ("half", public.half())):
         assert torch.equal(load_file(f"{out}.safetensors")["unet.out.2.bias"], expected)
+    for dtype in (torch.bfloat16, torch.float64):
+        save_ckpt({k: v.to(dtype) for k, v in plain.items()}, "other.ckpt")
+        run("other.ckpt", "--out", "other.safetensors", "--half")
+        assert {v.dtype for v in load_file("other.safetensors").values()} == {torch.float16}
+    save_ckpt(plain | {BIAS: 1e6 * public}, "large.ckpt")
+    with pytest.raises(UserError, match="unet.out.2.bias holds a weight that is too large"):
+        run("large.ckpt", "--half")
     assert Path("half.safetensors").stat().st_size < 0.55 * Path("ema.safetensors").stat().st_size
     printed = capsys.readouterr().out
     assert all(f"ignored  {x}" in printed for x in ("model_ema", "plain U-Net", "optimizer_states"))

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import disc_folder, save_tiny, slow
+from conftest import disc_folder, save_tiny, slow, tiny
 from PIL import Image
 
 import train
@@ -106,6 +106,15 @@ def test_a_threshold_is_chosen_on_validation_images(tmp_path, monkeypatch, capsy
     assert config.threshold > 0.5 and f"stored: threshold {config.threshold}" in text
     before, after = (float(x) for x in re.findall(r"false alarms on ([\d.]+)%", text))
     assert after < before
+
+
+def test_the_slices_of_a_volume_are_counted_together():
+    """A threshold above all of a volume's probabilities: silence in empty slices is no gain."""
+    mask = torch.zeros(8, 4, 4, dtype=torch.uint8)
+    mask[0], free = 1, torch.zeros(1, 1, 4, 4)
+    for threshold, expected in ((0.5, 1), (0.6, 0)):
+        model = tiny(threshold=threshold)
+        assert calibrate.measure(model, 0.55 * mask[:, None], mask, ["v"] * 8, free)[0] == expected
 
 
 # ---- plain_unet ----

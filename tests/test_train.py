@@ -417,18 +417,27 @@ def test_the_strip_shows_different_items(part):
     ("24 px; this network takes multiples of 16", arguments("run", "--size", "24")),
     ("no mask of the train part holds any foreground", arguments("run", "--data", "black")),
     ("has changed since this run", ["--resume", "finished"]),
+    ("begun: holds a run already", arguments("begun")),
 ])  # fmt: skip
 def test_what_cannot_be_done_is_one_line(words, flags):
     """Each refusal names the cause before anything is trained, and changes no file."""
     shutil.copytree("own", "black")
     for path in Path("black/masks").iterdir():
         Image.new("L", (48, 40)).save(path)
-    Image.new("RGB", (48, 40)).save(find("own").splits["train"][0].image)  # finished saw another
+    Image.new("L", (48, 40)).save(find("own").splits["val"][0].mask)  # finished saw another
+    run_state.claim_folder("begun")
     before = settings("finished")
     with pytest.raises(UserError, match=words) as error:
         train.main(train.parse_args(flags))
     assert "\n" not in str(error.value) and not Path("run").exists()
     assert settings("finished") == before
+
+
+def test_a_second_run_does_not_begin_in_the_same_folder():
+    """Two at once: the folder is that of the first, also before it has saved anything."""
+    run_state.claim_folder("same")
+    with pytest.raises(UserError, match="same: another run has begun in it"):
+        run_state.claim_folder("same")
 
 
 def test_validation_without_foreground_is_not_a_score(monkeypatch, capsys):

@@ -59,10 +59,15 @@ def probabilities(model, images, batch_size=16):
     return torch.cat(result)
 
 
-def measure(model, prob, masks, free_prob):
-    """-> mean Dice of `prob` against `masks`, the share of `free_prob` with a false alarm."""
-    dice = mean_dice(np.stack([pixel_counts(*pair) for pair in zip(model.class_ids(prob), masks)]))
+def measure(model, prob, masks, cases, free_prob):
+    """-> mean Dice of `prob` against `masks`, per image or volume as `cases` says; the share of
+    `free_prob` with a false alarm.
+    """
+    counts = {}
+    for case, ids, mask in zip(cases, model.class_ids(prob), masks):
+        counts[case] = counts.get(case, 0) + pixel_counts(ids, mask)
     marked = model.class_ids(free_prob).float().mean((1, 2))
+    dice = mean_dice(np.stack(list(counts.values())))
     return dice, (marked > FALSE_ALARM).float().mean().item()
 
 
@@ -78,15 +83,17 @@ def main(args):
         raise UserError(f"--data {args.data}: needs validation images with and without foreground")
     prob, free_prob = probabilities(model, list(data.images)), probabilities(model, free)
     masks = torch.from_numpy(np.array(data.masks))
-    few = "; that is few for a choice" if len(masks) < 20 else ""
-    print(f"{args.data}: {len(masks)} validation images, {len(free)} crops without foreground{few}")
+    n = len(set(data.cases))
+    few = "; that is few for a choice" if n < 20 else ""
+    print(f"{args.data}: {n} validation images or volumes, {len(free)} crops without "
+          f"foreground{few}")  # fmt: skip
 
     # 2. Each setting
     results = {}
     for setting in product(THRESHOLDS, SMALLEST_AREAS):
         names = dict(zip(("threshold", "smallest_area"), setting))
         model.config = replace(config, **names)
-        results[setting] = measure(model, prob, masks, free_prob)
+        results[setting] = measure(model, prob, masks, data.cases, free_prob)
 
     # 3. The fewest false alarms among those that cost little; of equals the best Dice
     enough = results[0.5, 0.0][0] - DICE_COST

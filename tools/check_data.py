@@ -65,8 +65,9 @@ def describe(spec, part, problems):
     span = " to ".join(" x ".join(map(str, s)) for s in sorted({min(sizes), max(sizes)}))
     names = f": {', '.join(empty[:5])}{', ..' if len(empty) > 5 else ''}" if empty else ""
     print(f"{part:5}  {len(cases)} cases, {span}; {shares}; {len(empty)} empty masks{names}")
-    if part == "train" and not pixels[1:].any():
-        problems.append(f"no mask of the {part} part holds any foreground")
+    absent = [name for name, n in zip(spec.classes[1:], pixels[1:]) if not n]
+    if absent:
+        problems.append(f"no mask of the {part} part holds {', '.join(absent)}")
     if inverted > len(cases) / 2:
         problems.append(f"{inverted} of {len(cases)} {part} masks are foreground in all four "
                         "corners: are they inverted?")  # fmt: skip

@@ -297,12 +297,15 @@ def span(summary):
 
 
 def results_folder(args, name):
+    """--out, or a folder beside the model that says what differs from the usual evaluation."""
     if args.out:
         return Path(args.out)
     settings = "" if args.steps == args.samples == 1 else f"-{args.steps}x{args.samples}"
     settings += "-leading" if args.spacing == "leading" else ""
     settings += "-sequence" if args.split == "sequence" else ""
-    settings += f"-first{args.limit}" if args.limit else ""
+    for flag in ("limit", "seed", "stability", "curve", "efficiency"):
+        value = getattr(args, flag)
+        settings += f"-{flag}{'' if value is True else value}" if value else ""
     stem = "" if Path(args.model).stem == "model" else f"-{Path(args.model).stem}"
     return Path(args.model).parent / f"eval{stem}-{name.replace('+', '-')}-{args.part}{settings}"
 

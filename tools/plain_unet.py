@@ -90,10 +90,13 @@ def main(args):
     spec = find(args.data, args.root, args.split)
     train_set = SegmentationData(spec, "train", args.size, RECIPE["augment"], args.seed)
     val_set = SegmentationData(spec, "val", args.size)
-    config = replace(SDSegConfig("plain U-Net"), classes=spec.classes, image_size=args.size)
-    model = MonaiUNet(train.remember_images(config, spec, args.split))
+    config, tensors = SDSegConfig("plain U-Net"), None
     if args.init:
-        load_strict(model, read_weights(args.init, SDSegConfig)[1], args.init)
+        config, tensors = read_weights(args.init, SDSegConfig)
+    config = replace(config, classes=spec.classes, image_size=args.size)
+    model = MonaiUNet(train.remember_images(config, spec, args.split))
+    if tensors:
+        load_strict(model, tensors, args.init)
     model.to(device)
 
     # 2. The optimiser and the loop, as in train.py

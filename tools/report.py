@@ -32,11 +32,15 @@ def parse_args(argv=None):
     return parser.parse_args(argv)
 
 
-def read(path):
+def read(path, key):
+    """A JSON file that holds `key`. Raises UserError."""
     try:
-        return json.loads(path.read_text())
-    except (FileNotFoundError, ValueError):
-        raise UserError(f"{path}: missing or damaged; docs/reproduce.sh writes it") from None
+        content = json.loads(path.read_text())
+        content[key]
+        return content
+    except (FileNotFoundError, ValueError, LookupError, TypeError):
+        raise UserError(f"{path}: missing, damaged or without {key}; docs/reproduce.sh writes it"
+                        ) from None  # fmt: skip
 
 
 def text(value):
@@ -66,8 +70,8 @@ def scores_table(data, scores):
 
 def speed_table(speeds, dice):
     """`dice`: {DDIM steps: Dice}."""
-    rows = [(row["steps"], *SPEED[row["steps"]], row["images_per_second"], dice.get(row["steps"]))
-            for row in speeds]  # fmt: skip
+    rows = [(n, *SPEED.get(n, (None, None)), row["images_per_second"], dice.get(n))
+            for n, row in ((row["steps"], row) for row in speeds)]  # fmt: skip
     header = ("DDIM steps", "paper, samples/s", "paper, Dice", "here, samples/s", "here, Dice")
     return table("Efficiency, Table 4 (the paper: BTCV, one V100; here: networks alone)", header,
                  *rows)  # fmt: skip
@@ -102,8 +106,9 @@ def page(config, scored, speed, curve):
 
 def main(args):
     run = Path(args.run)
-    summaries = [read(run / part / "summary.json") for part in ("stability", "efficiency", "curve")]
-    markdown = page(read(run / "config.json"), *summaries)
+    parts = ("stability", "stability"), ("efficiency", "efficiency"), ("curve", "scores")
+    summaries = [read(run / part / "summary.json", key) for part, key in parts]
+    markdown = page(read(run / "config.json", "model"), *summaries)
     with atomic_write(run / "report.md") as path:
         path.write_text(markdown)
     print(f"{run / 'report.md'}: the paper's numbers beside those of this run")
