@@ -126,9 +126,11 @@ def intensity_window(values):
 
     Where they are equal, as in a volume that is empty but for a vessel: the extremes.
     """
-    sample = values.ravel()
-    if sample.size > 1_000_000:
-        sample = sample[np.random.default_rng(0).integers(sample.size, size=1_000_000)]
+    if values.size > 1_000_000:  # a million of them, anywhere
+        rng = np.random.default_rng(0)
+        sample = values[tuple(rng.integers(n, size=1_000_000) for n in values.shape)]
+    else:
+        sample = values
     low, high = np.percentile(sample, [0.5, 99.5]).tolist()
     return (low, high) if low < high else (float(values.min()), float(values.max()))
 
