@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import disc_folder
+from conftest import ROOT, disc_folder
 from PIL import Image
 
 from sdseg import SDSeg, T
@@ -180,6 +180,14 @@ def test_a_difference_is_paired_by_seed_and_by_image(tmp_path):
             results(tmp_path, "v", seed, (theirs + 0.125).tolist())
     claims_report.report(tmp_path, {"faithful": {}, "helps": claims.TABLE["helps"]})
     assert "| +0.125 (+0.125 to +0.125)* |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_page_shows_the_results_that_ship():
+    """The second table of docs/claims.md is the report of docs/claims, without an empty column."""
+    page = (ROOT / "docs/claims.md").read_text()
+    results = claims_report.load_results(ROOT / "docs/claims", claims.ROWS)
+    for line in claims_report.score_table(claims.TABLE["helps"], results).splitlines()[2:]:
+        assert " | ".join(line.split(" | ")[4:]) in page
 
 
 def test_the_interval_is_over_groups_of_images():
