@@ -70,8 +70,10 @@ def scores_table(data, scores):
 
 def speed_table(speeds, dice):
     """`dice`: {DDIM steps: Dice}."""
-    rows = [(n, *SPEED.get(n, (None, None)), row["images_per_second"], dice.get(n))
-            for n, row in ((row["steps"], row) for row in speeds)]  # fmt: skip
+    rows = []
+    for row in speeds:
+        theirs = SPEED.get(row["steps"], (None, None))
+        rows.append((row["steps"], *theirs, row["images_per_second"], dice.get(row["steps"])))
     header = ("DDIM steps", "paper, samples/s", "paper, Dice", "here, samples/s", "here, Dice")
     return table("Efficiency, Table 4 (the paper: BTCV, one V100; here: networks alone)", header,
                  *rows)  # fmt: skip
