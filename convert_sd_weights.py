@@ -142,7 +142,7 @@ def published_config(config, tensors):
 def convert(tensors, config):
     """{CompVis name: tensor} -> {our name: tensor}, and the tensors that were not taken.
 
-    Two tensors change their shape. The first layer of the U-Net gets new input channels for z_c.
+    Two layers change their shape. The first layer of the U-Net gets new input channels for z_c.
     tau has no variance: of the rows of quant_conv it keeps those that give the mean.
     """
     weights, left, memories = {}, dict(tensors), set()

@@ -362,7 +362,7 @@ def random_affine(image, mask, u):
     """
     signed = 2 * u - 1  # (B, 16) in [-1, 1)
     angle, scale = 0.5 * signed[:, 2], 1.35 ** signed[:, 3]
-    matrix = u.new_zeros(len(u), 2, 3)  # on the device of the numbers
+    matrix = u.new_zeros(len(u), 2, 3)
     matrix[:, 0, 0], matrix[:, 0, 1] = angle.cos() / scale, -angle.sin() / scale
     matrix[:, 1, 0], matrix[:, 1, 1] = angle.sin() / scale, angle.cos() / scale
     matrix[:, 0, 1] += 0.15 * signed[:, 4]

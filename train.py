@@ -5,8 +5,8 @@ tau and the U-Net train; the autoencoder stays frozen. A run's folder holds `mod
 `samples/STEP.png` and `config.json`. Everything random is a function of (seed, step). So a resumed
 run repeats an uninterrupted one, to the last bit on a CPU and to rounding on a GPU, and two
 processes with half a batch each take the step of one process.
-Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`. Of several machines each needs the
-data and the initial weights, and `--resume` a folder that they share.
+Several GPUs: `torchrun --nproc_per_node=8 train.py --data cvc`. Each of several machines needs the
+data and the initial weights; `--resume` needs a folder that all machines share.
 `main` has six phases. The noise and the loss of a step stand above it, the helpers below it.
 """
 
@@ -259,7 +259,7 @@ def make_ema(model, on_host=False):
 
 
 def average_every(decay):
-    """Steps between two updates of an average in host memory: a hundredth of what it looks back.
+    """Steps between two updates of an average in host memory: 1 % of the steps that it remembers.
 
     100 for sd-v1, where an update takes about a second: 3.4 GB leave the GPU.
     """

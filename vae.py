@@ -89,7 +89,7 @@ class Middle(nn.Module):
 
 
 def resnet_blocks(c_in, c_out, n):
-    return nn.ModuleList(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(n))
+    return nn.Sequential(*(ResnetBlock(c_in if i == 0 else c_out, c_out) for i in range(n)))
 
 
 class DownLevel(nn.Module):
@@ -101,9 +101,7 @@ class DownLevel(nn.Module):
         self.downsample = nn.Identity() if last else Downsample(c_out)
 
     def forward(self, x):                                          # (B, c_in, H, W)
-        for block in self.block:
-            x = block(x)                                           # (B, c_out, H, W)
-        return self.downsample(x)                                  # (B, c_out, H/2, W/2)
+        return self.downsample(self.block(x))                      # (B, c_out, H/2, W/2)
 
 
 class UpLevel(nn.Module):
@@ -115,9 +113,7 @@ class UpLevel(nn.Module):
         self.upsample = nn.Identity() if last else Upsample(c_out)
 
     def forward(self, x):                                          # (B, c_in, H, W)
-        for block in self.block:
-            x = block(x)                                           # (B, c_out, H, W)
-        return self.upsample(x)                                    # (B, c_out, 2H, 2W)
+        return self.upsample(self.block(x))                        # (B, c_out, 2H, 2W)
 
 
 class Encoder(nn.Module):

@@ -2,7 +2,7 @@
 
 Items are memory-mapped .npy files in ~/.cache/sdseg, or in the folder that SDSEG_CACHE names. Their
 names begin with a hash of all that decides what the items look like, so they are never outdated.
-Letters: B batch, N items, S pixels of a side, Z slices, h w latent.
+Letters: B batch, N items, S pixels of a side, h w latent.
 """
 
 import contextlib

@@ -11,6 +11,7 @@ from pathlib import Path
 
 CLEAR_LINE = "\r\x1b[K"  # empties the current line of a terminal
 ADVICE = (  # what the text of an exception holds, and then what the user can do
+    ("MemoryError", "out of memory; make the batch, the size or the model smaller"),
     ("out of memory", "out of memory; make the batch, the size or the model smaller"),
     ("allocate memory", "out of memory; make the batch, the size or the model smaller"),
     ("C++ compiler", "--compile needs a C++ compiler and finds none; run without it"),
@@ -35,8 +36,6 @@ def advice(error):
     if isinstance(error, (UserError, OSError)):
         return one_line(error)
     text = f"{type(error).__name__}: {error}"
-    if isinstance(error, MemoryError) or "OutOfMemoryError" in text:
-        text = "out of memory"
     return next((what for sign, what in ADVICE if sign in text), None)
 
 

@@ -65,7 +65,7 @@ def place_for_inference(model, device, precision, keep_float32):
 def compile_networks(model, **options):
     """Hand tau, the U-Net and the decoder to torch.compile, with its options, in place.
 
-    Their weights become channels_last, so make copies of the model for an average after this.
+    Their weights become channels_last, so copy the model for an average after this.
     The first calls with a new batch size take minutes and need a C++ compiler.
     mode="reduce-overhead" makes a CUDA graph of each network, which shortens the latency.
     """

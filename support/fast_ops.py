@@ -27,7 +27,7 @@ class GroupNorm(nn.GroupNorm):
     """PyTorch's layer. Compiled for a GPU it runs `group_norm_by_channel`, which is faster.
 
     Autocast would copy half precision to float32 and back, large tensors each time. The kernel sums
-    in float32 anyway, so on a GPU the input keeps its dtype.
+    in float32 anyway, so on a GPU, uncompiled, the input keeps its dtype.
     """
 
     def forward(self, x):

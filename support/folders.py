@@ -41,7 +41,7 @@ class Case:
     image: Path | None = None
     mask: Path | None = None
     seed: int | None = None  # of a drawn image, which has no files
-    group: str = ""  # the same for all cases of one video, one patient or one volume
+    group: str = ""  # the same for all cases of one video or one patient
 
 
 @dataclass(frozen=True)
@@ -114,18 +114,18 @@ def nothing_in_it(others):
     return f"no image and no volume in it ({', '.join(ENDINGS)}){'; ' if kinds else ''}{kinds}"
 
 
-def find_inputs(paths, skip=()):
+def find_inputs(paths, skip):
     """Yield (source, folder) for files and folders; folder is relative to the one that was given.
 
-    In folders, names that end with one of `skip` are left out, and a printed line counts the files
-    of other kinds. Raises UserError for a folder without an image or a volume.
+    In folders, names that end with one of the tuple `skip` are left out, and a printed line counts
+    the files of other kinds. Raises UserError for a folder without an image or a volume.
     """
     for path in map(Path, paths):
         if not path.is_dir():
             yield path, Path()
             continue
         readable, others = walk(path)
-        sources = [source for source in readable if not source.name.endswith(tuple(skip))]
+        sources = [source for source in readable if not source.name.endswith(skip)]
         if len(sources) < len(readable):
             left_out = len(readable) - len(sources)
             print0(f"{path}: left out {left_out} files that are named like results of this program")
@@ -137,14 +137,14 @@ def find_inputs(paths, skip=()):
 
 
 @functools.cache
-def hash_file(path, changed):
+def hash_unless_changed(path, changed):
     """SHA-256 of a file. `changed`, the time of its last change, makes a changed file a new one."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def file_hash(path):
-    return hash_file(path, os.stat(path).st_mtime_ns)
+    return hash_unless_changed(path, os.stat(path).st_mtime_ns)
 
 
 def text_hash(text):

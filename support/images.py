@@ -173,7 +173,7 @@ class Mask(NamedTuple):
     """A mask file, decoded."""
 
     values: np.ndarray  # uint8, (H, W) of an image, (X, Y, Z) of a volume
-    palette: dict  # the colour of each class id, where the values index a coloured palette
+    palette: dict  # value -> colour: of a coloured palette, or of a shape cut out of transparency
     lossy: bool  # JPEG or WebP, which change values
 
 

@@ -1,4 +1,4 @@
-"""How alike a prediction and the truth are, how sure their mean is, and what an autoencoder keeps.
+"""How alike a prediction and the truth are, how certain a mean is, and what an autoencoder keeps.
 
 Dice, IoU, the Hausdorff distance and component counts compare class ids or masks of an image or a
 volume; any number of dimensions unless a docstring says otherwise. Letters: k or K classes, N
@@ -202,8 +202,8 @@ def latent_std(model, data, n=512):
 
 @torch.no_grad()
 def vae_dice(model, data, n=16):
-    """Dice of all masks, or n to 2 n of more, after encoding and decoding: the best that a U-Net
-    could reach.
+    """Dice of all masks, or of n to 2 n of them if there are more, after encoding and decoding: the
+    best that a U-Net could reach.
 
     Their pixels are counted together, as those of a volume's slices are: in a slice without a
     class, one wrong pixel would give 0. The mean is over the classes; nan if the masks hold none.

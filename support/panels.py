@@ -1,6 +1,6 @@
 """What turns arrays into images for people: overlays, montages and plots.
 
-Letters: H W the size of an image, S the side of a square one, Z the slices of a volume, N points.
+Letters: H W the size of an image, Z the slices of a volume, N panels.
 """
 
 import colorsys
@@ -79,7 +79,7 @@ def plot_panels(panels):
     return np.concatenate([plot_lines(*panel) for panel in panels], 1)
 
 
-def plot_lines(title, lines, x_labels=None, y_range=None):
+def plot_lines(title, lines, x_labels, y_range):
     """One panel of `plot_panels`; the names stand at its right."""
     values = [v for _, y in lines.values() for v in y if np.isfinite(v)] or [0]
     y_ticks = round_numbers(*(y_range or (min(values), np.percentile(values, 98))))

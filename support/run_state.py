@@ -63,8 +63,8 @@ def check_shapes(optimizer):
 
 
 def claim_folder(folder):
-    """Make an empty config.json, so that no second run begins in this folder, or UserError. A run
-    that ends before it has saved anything gives the folder back.
+    """Make an empty config.json, so that no second run begins in this folder. Raises UserError if
+    one has begun. A run that ends before it has saved anything gives the folder back.
     """
     path = Path(folder) / "config.json"
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -216,7 +216,7 @@ def catch_stop_signals():
         if not caught:
             first = time.monotonic()
             caught.append(number)
-            print("stopping after this step and saving; once more stops at once", flush=True)
+            print("stopping after this step and saving; Ctrl-C again stops at once", flush=True)
         elif time.monotonic() - first > 1:
             os._exit(128 + number)
 

@@ -103,8 +103,6 @@ def test_a_row_trains_the_parts_that_it_names():
         assert any(".attn2." in n for n in trained) == (name == "cross")
         sizes[name] = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert sizes["plain"] == pytest.approx(sizes["base"], rel=0.1)
-    assert torch.equal(build("base").vae.decoder.conv_in.weight,
-                       build("terminal").vae.decoder.conv_in.weight)  # fmt: skip
     assert not torch.equal(build("base").vae.decoder.conv_in.weight,
                            build("logits").vae.decoder.conv_in.weight)  # fmt: skip
 

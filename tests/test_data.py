@@ -289,7 +289,7 @@ def by_part(root, *parts):
 
 
 def test_subfolders_may_be_the_parts(tmp_path):
-    """images/{train,val,test} is the split; subfolders of other names are not, and it is said."""
+    """images/{train,val,test} is the split, and `Validation` is val."""
     root = folder(tmp_path / "parts")
     by_part(root, "train", "Validation", "test")
     assert sizes(find(str(root))) == [4, 3, 3]

@@ -57,42 +57,33 @@ def test_a_mark_does_not_change_the_rest_of_a_deep_image(name, kind, odd, grey, 
     assert np.abs(clean - marked)[:, 44:].max() <= 1
 
 
-def test_exif_turns_upright_and_one_sided_exif_is_said(tmp_path):
-    """EXIF turns images and masks upright; where it turns one of them only, a remark says so."""
-    for orientation in (1, 6):
-        exif = Image.Exif()
-        exif[0x0112] = orientation
-        Image.fromarray(NOISE).save(tmp_path / f"{orientation}.jpg", exif=exif)
-    upright, turned = tmp_path / "1.jpg", tmp_path / "6.jpg"
-    assert read_image(upright).shape == (20, 30, 3) and read_image(turned).shape == (30, 20, 3)
-    assert compare_exif(turned, turned) is None
-    assert "6 in the image, 1 in its mask" in compare_exif(turned, upright)
-    Image.new("L", (20, 30)).save(tmp_path / "drawn upright.png")
-    assert compare_exif(turned, tmp_path / "drawn upright.png") is None
-
-
 @pytest.mark.parametrize("mode", ["L", "RGB"])
-def test_a_turned_tiff_is_read_as_a_turned_png(mode, tmp_path):
-    """Pillow 13 scrambles turned grey TIFFs that it maps into memory, and turns their size."""
+def test_exif_turns_upright_and_one_sided_exif_is_said(mode, tmp_path):
+    """Images are turned; where EXIF turns image or mask alone, a remark says so. Pillow 13
+    scrambles turned grey TIFFs that it maps into memory, and turns their size.
+    """
     image, exif = Image.fromarray(NOISE).convert(mode), Image.Exif()
     exif[0x0112] = 6
-    turned = [tmp_path / "x.tif", tmp_path / "x.png"]
+    turned = [tmp_path / f"x.{ending}" for ending in ("tif", "png", "jpg")]
     for path in turned:
         image.save(path, exif=exif)
-    assert np.array_equal(*map(read_image, turned)) and read_image(turned[0]).shape == (30, 20, 3)
+    assert np.array_equal(*map(read_image, turned[:2]))
     Image.new("L", (30, 20)).save(tmp_path / "as stored.png")
     Image.new("L", (20, 30)).save(tmp_path / "drawn upright.png")
     for path in turned:
-        assert "6 in the image" in compare_exif(path, tmp_path / "as stored.png")
+        assert read_image(path).shape == (30, 20, 3) and compare_exif(path, path) is None
+        assert "6 in the image, 1 in its mask" in compare_exif(path, tmp_path / "as stored.png")
         assert compare_exif(path, tmp_path / "drawn upright.png") is None
 
 
-def test_large_metadata_hide_no_image(tmp_path):
-    """Some programs write metadata of megabytes into a PNG."""
+def test_nothing_hides_an_image(tmp_path):
+    """Megabytes of metadata in a PNG; an alpha channel that is zero everywhere is not in use."""
     text = PngImagePlugin.PngInfo()
     text.add_text("XML:com.adobe.xmp", "a" * 3_000_000, zip=True)
-    Image.fromarray(NOISE).save(tmp_path / "x.png", pnginfo=text)
-    assert np.array_equal(read_image(tmp_path / "x.png"), NOISE)
+    Image.fromarray(NOISE).save(tmp_path / "text.png", pnginfo=text)
+    Image.fromarray(np.dstack([NOISE, NOISE[..., 0] * 0])).save(tmp_path / "alpha.png")
+    for name in ("text.png", "alpha.png"):
+        assert np.array_equal(read_image(tmp_path / name), NOISE)
 
 
 def test_tiffs_that_pillow_would_read_wrong(tmp_path):
@@ -120,11 +111,6 @@ def test_tiffs_that_pillow_would_read_wrong(tmp_path):
         path.write_bytes(content.replace(old, sample_format.pack(339, 3, 1, meant)))
         with pytest.raises(UserError, match="8 bits with sign"):
             read_image(path)
-
-
-def test_an_alpha_channel_that_is_not_in_use_hides_nothing(tmp_path):
-    Image.fromarray(np.dstack([NOISE, NOISE[..., 0] * 0])).save(tmp_path / "x.png")
-    assert np.array_equal(read_image(tmp_path / "x.png"), NOISE)
 
 
 def test_the_first_of_several_frames_is_used(tmp_path, capsys):

@@ -207,9 +207,8 @@ def test_a_folder_is_its_files(model, tmp_path, capsys):
     assert run(tmp_path / "in/a.png", tmp_path / "in", model=model, out=tmp_path / "o") == 0
     assert masks_in(tmp_path / "o") == ["a_mask.png", "patient/b_mask.png", "sub/c_mask.png"]
     said = "".join(capsys.readouterr())
-    assert said.count("a.png") == 1 and all(
-        words in said for words in ("2 .dcm", "1 .txt", "dcm2niix")
-    )
+    assert said.count("a.png") == 1
+    assert all(words in said for words in ("2 .dcm", "1 .txt", "dcm2niix"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no image and no volume in it"):
         run(tmp_path / "empty", model=model, out=tmp_path / "o")

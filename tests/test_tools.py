@@ -54,11 +54,13 @@ def test_the_autoencoder_learns_and_another_run_goes_on(run_vae, tmp_path, capsy
         assert torch.equal(encoder.conv_in.weight, first["vae.encoder.conv_in.weight"])
 
 
-@pytest.mark.parametrize("flag, value", [("--size", "50"), ("--out", "a.png"), ("--lr", "1e30"),
-                                         ("--batch-size", "6")])  # fmt: skip
-def test_an_autoencoder_that_cannot_be_trained_is_refused(run_vae, flag, value):
+@pytest.mark.parametrize("flag, value, words", [
+    ("--size", "50", "takes multiples of"), ("--out", "a.png", "ends in .safetensors"),
+    ("--lr", "1e30", "not finite"), ("--batch-size", "6", "a multiple of 4"),
+])  # fmt: skip
+def test_an_autoencoder_that_cannot_be_trained_is_refused(run_vae, flag, value, words):
     """A size that the levels cannot halve, a wrong name, a loss that is not finite, no quarters."""
-    with pytest.raises(UserError):
+    with pytest.raises(UserError, match=words):
         run_vae("--steps", "2", flag, value)
 
 

@@ -333,7 +333,7 @@ def measure_inference(model, device, dtype, args):
         print(f"{str(dtype)[6:]} compared with float32: {text}")
 
     # 2. Memory, before other measurements need some
-    images = {n: torch.zeros(n, size, size, 3, device=device).permute(0, 3, 1, 2)  # as `predict`
+    images = {n: torch.zeros(n, size, size, 3, device=device).permute(0, 3, 1, 2)  # as in infer.py
               for n in args.batch_sizes}  # fmt: skip
     peaks = {n: peak_of(lambda: model.segment(x), device) for n, x in images.items()}
 

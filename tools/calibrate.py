@@ -32,7 +32,7 @@ def parse_args(argv=None):
     add = parser.add_argument
     add("--data", required=True, help="a data set as in train.py; its validation part is used")
     add("--root", default="data", help="where the data sets are")
-    add("--split", choices=["random", "sequence"], help="(default: that of the training)")
+    add("--split", choices=["random", "sequence"], help="of the data set (default: as in training)")
     add("--model", required=True, metavar="FILE", help="the weights to calibrate")
     add("--out", metavar="FILE",
         help="where to write (default: calibrated.safetensors beside them)")  # fmt: skip

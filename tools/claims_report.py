@@ -13,7 +13,7 @@ from support.images import write_image
 from support.metrics import bootstrap_interval
 from support.panels import plot_panels
 
-PAPER = {"cross": 0.327, "concat": 0.803, "trainable": 0.919, "lambda-1": 0.928}  # BTCV, Table 6
+PAPER_DICE = {"cross": 0.327, "concat": 0.803, "trainable": 0.919, "lambda-1": 0.928}  # Table 6
 SAME = ("data", "steps", "batch_size", "lr", "warmup", "ema")  # in all runs of a report
 EXTRA = {"10x1": "10 steps - 1", "50x1": "50 steps - 1", "1x25": "25 samples - 1",
          "other": "zeros - noise"}  # fmt: skip
@@ -108,7 +108,7 @@ def score_table(experiment, results):
             name,
             than or "-",
             what_differs(than, changes),
-            f"{PAPER[name]:.3f}" if name in PAPER else "-",
+            f"{PAPER_DICE[name]:.3f}" if name in PAPER_DICE else "-",
             f"{np.mean(means):.3f} ({', '.join(f'{mean:.3f}' for mean in means)})",
             in_words(levels, others, groups),
             *(more_calls(runs, key, groups) for key in extra),

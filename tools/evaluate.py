@@ -4,7 +4,7 @@ Every image (2-D) or volume (3-D) is a case, scored at the file's own resolution
 gallery.png, summary.json and a table with 95 % intervals. Cases that the model was trained on are
 left out. On request also the difference from another run, the paper's stability (Table 5),
 efficiency (Table 4), and Dice against DDIM steps (Figure 3).
-Letters: N runs from different noise, K classes, Z slices.
+Letters: N runs from different noise, K classes.
 """
 
 import csv
@@ -74,7 +74,7 @@ def parse_args(argv=None):
     add("--batch-size", type=positive_int, default=8, help="images or slices at a time")
     precision = "of the networks; auto: the fastest that keeps the masks"
     add("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"], help=precision)
-    add("--device", help="cuda, mps or cpu (default: the first there is)")
+    add("--device", help="cuda, mps or cpu (default: the first that is there)")
     args = parser.parse_args(argv)
     if args.stability == 1:
         parser.error("--stability 1: one run has nothing to be compared with; give 2 or more")
@@ -161,10 +161,10 @@ def score(model, spec, cases, args, steps, seeds, similarity=None):
             maps.append((truth, *ids))
         truth, *predictions = np.stack(maps, 1) if spec.volumes else maps[0]
         counts.append([metrics.pixel_counts(ids, truth, k) for ids in predictions])
-        spacing = (1, 1)
+        voxel_size = (1, 1)
         if spec.volumes:  # the millimetres between slices, rows and columns
-            spacing = grid_in_space(cases[number].image)[1][list(PLANES[spec.plane])]
-        details.append(case_details(predictions[0], truth, k, spacing))
+            voxel_size = grid_in_space(cases[number].image)[1][list(PLANES[spec.plane])]
+        details.append(case_details(predictions[0], truth, k, voxel_size))
         if k == 2 and not spec.volumes:
             details[-1]["benchmark_dice"] = metrics.benchmark_dice(probs[0][0].numpy(), truth)
         progress.step()

@@ -21,7 +21,7 @@ import train
 from data import SegmentationData, TrainingBatches, find
 from sdseg import SDSeg, SDSegConfig
 from support.cli import ArgumentParser, UserError, bounded, positive_int, run_command, seed_int
-from support.device import choose_dtype, find_device, loader_workers
+from support.device import find_device, has_fast_bf16, loader_workers
 from support.weights import load_strict, read_weights, write_weights
 from tools import evaluate
 
@@ -64,16 +64,13 @@ class MonaiUNet(nn.Module):
             raise UserError("MONAI is not installed: pip install monai") from None
         self.config = config
         features = (48, 48, 96, 192, 384, 48)  # 4.4 M parameters
+        # image (B, 3, H, W) in [-1, 1] -> logits (B, K, H, W)
         self.net = BasicUNet(2, 3, len(config.classes), features)
-
-    def forward(self, image):
-        """image (B, 3, H, W) in [-1, 1] -> logits (B, K, H, W)."""
-        return self.net(image)
 
     @torch.no_grad()
     def sample(self, image, *_):
         """-> one tensor of probabilities, as `SDSeg.sample`; steps and noise mean nothing here."""
-        prob = self(image).float().softmax(1)
+        prob = self.net(image).float().softmax(1)
         yield prob if prob.shape[1] > 2 else prob[:, 1:]
 
     @property
@@ -85,8 +82,8 @@ def main(args):
     # 1. Data and model
     torch.manual_seed(args.seed)
     device = find_device()
-    dtype = choose_dtype(device, args.precision)
-    autocast = partial(torch.autocast, device.type, dtype, enabled=dtype != torch.float32)
+    bf16 = args.precision == "bf16" or (args.precision == "auto" and has_fast_bf16(device))
+    autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     spec = find(args.data, args.root, args.split)
     train_set = SegmentationData(spec, "train", args.size, RECIPE["augment"], args.seed)
     val_set = SegmentationData(spec, "val", args.size)
@@ -111,7 +108,7 @@ def main(args):
     for step, (image, mask, _) in enumerate(loader):
         optimizer.param_groups[0]["lr"] = train.learning_rate(step, args, decay=True)
         with autocast():
-            logits = model(image.to(device)).float()
+            logits = model.net(image.to(device)).float()
             loss = train.cross_entropy_and_dice(logits, mask.to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
