@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Make the model that ships, from nothing: bash weights/make_nano.sh [SEED [SPLIT]]
 # Needs data/CVC-ClinicDB and data/Kvasir-SEG. Writes runs/nano-SPLIT-SEED/nano.safetensors.
-# SPLIT is random, or sequence for whole videos held out. It takes less than 7 minutes of one H100 (make_nano.log). Without
-# a GPU it makes a smaller version, at 128 px, in two to three hours of two cores (estimated).
+# SPLIT is random, or sequence for whole videos held out. It takes less than 7 minutes of one H100 (make_nano.log).
+# Without a GPU it makes a weak version at 128 px, in about 35 minutes of two cores (README.md).
 # VAE, SMALL and FULL replace the flags below: FULL="--size 128 --steps 9" bash weights/make_nano.sh
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,9 +17,9 @@ if python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
     full="--size 256 --batch-size 48 --lr 6e-4 --steps 1100 --eval-every 220"
 else
     train="torchrun --nproc_per_node=2 train.py"
-    vae="--size 256 --batch-size 4 --steps 850"
-    small="--size 64 --batch-size 16 --steps 2200 --eval-every 550"
-    full="--size 128 --batch-size 16 --steps 1150 --eval-every 230"
+    vae="--size 128 --batch-size 4 --steps 2000"
+    small="--size 64 --batch-size 16 --steps 600 --eval-every 300"
+    full="--size 128 --batch-size 16 --steps 100 --warmup 20 --eval-every 100"
 fi
 
 # 1. The autoencoder: images, masks, and drawn maps of up to 14 classes
