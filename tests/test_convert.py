@@ -25,7 +25,7 @@ from support.diffusers_names import compvis_names
 from support.weights import write_weights
 from tools.benchmark import peak_of
 
-TINY = {
+SMALL_PRESETS = {
     name: replace(PRESETS[name], vae=VAE_TINY, unet=UNETS[PRESETS[name].unet.family])
     for name in ("sd-v1", "ldm-kl-8")
 }
@@ -83,9 +83,9 @@ def save_ckpt(tensors, path):
 
 
 @pytest.fixture
-def tiny(tmp_path, monkeypatch):
+def presets(tmp_path, monkeypatch):
     """Work in an empty folder, with presets of the golden networks' sizes."""
-    monkeypatch.setattr(converter, "PRESETS", TINY)
+    monkeypatch.setattr(converter, "PRESETS", SMALL_PRESETS)
     monkeypatch.chdir(tmp_path)
 
 
@@ -126,16 +126,16 @@ def test_full_size_names_are_all_used_and_none_invented():
 
 @pytest.mark.parametrize("family, write", [("sd", save_ckpt), ("ldm", save_file)])
 @torch.no_grad()
-def test_checkpoints_give_the_reference_outputs(tiny, family, write):
+def test_checkpoints_give_the_reference_outputs(presets, family, write):
     """The converted model computes what the original does, and tau what its encoder does."""
     write(compvis(family), "model.ckpt")
     run("model.ckpt", "--out", "out.safetensors")
     model = check_outputs(f"unet-{family}-tiny", "eps_zero_init")
     close(model.tau(golden("vae-tiny")[1]["image"]), golden("vae-tiny")[1]["moments_mean"])
-    assert model.config == TINY["sd-v1" if family == "sd" else "ldm-kl-8"]
+    assert model.config == SMALL_PRESETS["sd-v1" if family == "sd" else "ldm-kl-8"]
 
 
-def test_ema_takes_the_averages_and_half_halves_the_file(tiny, capsys):
+def test_ema_takes_the_averages_and_half_halves_the_file(presets, capsys):
     """--ema takes the averages, the default does not; --half halves the file."""
     plain = compvis("ldm")
     names = {k: EMA + k.removeprefix("model.").replace(".", "") for k in only(UNET, plain)}
@@ -159,7 +159,9 @@ def test_ema_takes_the_averages_and_half_halves_the_file(tiny, capsys):
 
 
 @pytest.mark.parametrize("family, source, order", [("sd", "diffusers", 1), ("ldm", "vae", -1)])
-def test_an_autoencoder_beside_a_checkpoint_replaces_its_own(tiny, capsys, family, source, order):
+def test_an_autoencoder_beside_a_checkpoint_replaces_its_own(
+    presets, capsys, family, source, order
+):
     """kl-f8 (bare names, a loss), or a diffusers VAE, gives the autoencoder, in any order."""
     tensors = compvis(family)
     bare = {k.removeprefix(VAE): v for k, v in only(VAE, tensors).items()}
@@ -175,7 +177,7 @@ def test_an_autoencoder_beside_a_checkpoint_replaces_its_own(tiny, capsys, famil
 
 
 @torch.no_grad()
-def test_published_run_keeps_its_encoder_and_scales(tiny):
+def test_published_run_keeps_its_encoder_and_scales(presets):
     """A run of the published code: 8 channels, its own tau, its scale of masks, z_c unscaled."""
     save_ckpt(published(), "last.ckpt")
     run("last.ckpt")
@@ -187,7 +189,7 @@ def test_published_run_keeps_its_encoder_and_scales(tiny):
     assert (config.beta_start, config.beta_end) == (0.0015, 0.0155)
 
 
-def test_diffusers_folder_gives_the_reference_outputs(tiny):
+def test_diffusers_folder_gives_the_reference_outputs(presets):
     """A diffusers folder, of .safetensors or .bin; here the autoencoder has its old names."""
     vae = diffusers("vae")
     for new, old in OLD_NAMES.items():
@@ -196,8 +198,8 @@ def test_diffusers_folder_gives_the_reference_outputs(tiny):
     Path("vae").mkdir()
     save_file(diffusers("unet"), "unet/diffusion_pytorch_model.safetensors")
     torch.save(vae, "vae/diffusion_pytorch_model.fp16.bin")
-    weights, _ = converter.convert(converter.read_source(Path()), TINY["sd-v1"])
-    write_weights("out.safetensors", weights, TINY["sd-v1"])
+    weights, _ = converter.convert(converter.read_source(Path()), SMALL_PRESETS["sd-v1"])
+    write_weights("out.safetensors", weights, SMALL_PRESETS["sd-v1"])
     check_outputs("diffusers-tiny", "eps_without_cross_attention", "diffusers-tiny")
 
 
@@ -264,7 +266,7 @@ def check_refusal(capsys, says, *arguments):
     assert sorted(Path().rglob("*")) == before and not printed
 
 
-def test_arguments_that_cannot_be_are_refused(tiny, capsys):
+def test_arguments_that_cannot_be_are_refused(presets, capsys):
     """--ema without averages; --out that is the source, or no .safetensors; no such source."""
     save_file(compvis("ldm"), "model.safetensors")
     check_refusal(capsys, "no averaged U-Net", "model.safetensors", "--ema")
@@ -312,7 +314,7 @@ FILES = {
 
 
 @pytest.mark.parametrize("case", [*MODELS, *FILES])
-def test_foreign_and_damaged_sources_are_refused(tiny, capsys, case):
+def test_foreign_and_damaged_sources_are_refused(presets, capsys, case):
     """A foreign model, a tensor that does not fit, a damaged file: one line says what is wrong."""
     content, says = (MODELS | FILES)[case]
     content = content if isinstance(content, bytes) else ckpt({"state_dict": content()})
