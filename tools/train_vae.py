@@ -21,7 +21,7 @@ from sdseg import PRESETS, SDSeg, class_colours, colour_logits, from_pretrained,
 from support.cli import ArgumentParser, UserError, bounded, positive_int, run_command, seed_int
 from support.device import find_device, has_fast_bf16, loader_workers
 from support.folders import MAX_CLASSES
-from support.metrics import latent_std, vae_dice
+from support.metrics import dice, latent_std, vae_dice
 from support.weights import write_weights
 from train import remember_images
 
@@ -129,6 +129,21 @@ def reconstruction_loss(vae, x, labels):
     return l1 + KL_WEIGHT * kl + CLASS_WEIGHT * cross_entropy, l1, kl
 
 
+@torch.no_grad()
+def worst_class_dice(vae, k, size, n=16):
+    """Dice of the worst of k classes, over n drawn maps (size, size) that are encoded and decoded.
+
+    It says how many classes the autoencoder carries. The maps are always the same.
+    """
+    maps, found = draw_maps(n, k, size, torch.Generator().manual_seed(0)), []
+    colours = class_colours(k).to(next(vae.parameters()).device)
+    for some in maps.split(4):
+        rgb = colours[some.to(colours.device)].permute(0, 3, 1, 2)
+        found.append(colour_logits(vae.decode(vae.encode(rgb)[0]), colours).argmax(1).cpu())
+    found = torch.cat(found)
+    return min(dice((found == c).numpy(), (maps == c).numpy()).item() for c in range(k))
+
+
 def main(args):
     if Path(args.out).suffix != ".safetensors" or Path(args.out).is_dir():
         raise UserError(f"{args.out}: give the file to write a name that ends in .safetensors")
@@ -186,9 +201,11 @@ def main(args):
             if not l1.isfinite():
                 raise UserError(f"the loss is not finite at step {done}; use a lower --lr")
             left = (time.monotonic() - began) / done * (args.steps - done)
-            dice, std = vae_dice(model, val_data, 64), latent_std(model, val_data, 64)
+            kept, std = vae_dice(model, val_data, 64), latent_std(model, val_data, 64)
             print(f"step {done}  l1 {l1.item():.4f}  kl {kl.item():.2f}  rebuilt masks: Dice "
-                  f"{dice:.4f}  latents: std {std:.2f}  {left:.0f} s left", flush=True)  # fmt: skip
+                  f"{kept:.4f}  latents: std {std:.2f}  {left:.0f} s left", flush=True)  # fmt: skip
+    worst = (f"{k} classes {worst_class_dice(vae, k, args.size):.3f}" for k in (2, 4, 9, 14))
+    print(f"rebuilt drawn maps, Dice of the worst class: {', '.join(worst)}")
     write_weights(args.out, {f"vae.{k}": v for k, v in vae.state_dict().items()}, model.config)
     print(f"done: {args.out}, {time.monotonic() - began:.0f} s")
 
