@@ -68,7 +68,9 @@ def test_exif_turns_upright_and_one_sided_exif_is_said(mode, tmp_path):
     for path in turned:
         image.save(path, exif=exif)
     assert np.array_equal(*map(read_image, turned[:2]))
-    Image.new("L", (30, 20)).save(tmp_path / "as stored.png")
+    exif[0x0112] = 1  # as stored
+    image.save(tmp_path / "as stored.png", exif=exif)
+    assert read_image(tmp_path / "as stored.png").shape == (20, 30, 3)
     Image.new("L", (20, 30)).save(tmp_path / "drawn upright.png")
     for path in turned:
         assert read_image(path).shape == (30, 20, 3) and compare_exif(path, path) is None

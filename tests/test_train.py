@@ -297,8 +297,6 @@ def test_the_batch_suits_processes_and_memory():
     assert batch("--size 256") == (16, 4) and batch("", processes=5) == (20, 1)
     with pytest.raises(UserError, match="not a multiple of 5"):
         batch("--batch-size 4", processes=5)
-    with pytest.raises(UserError, match="cannot be shared equally by 3 processes"):
-        train.resolve_defaults(train.parse_args(["--resume", "finished"]), 3, CPU)
 
 
 def test_a_run_says_early_how_long_it_takes(monkeypatch):
@@ -443,6 +441,13 @@ def test_validation_without_foreground_is_not_a_score(monkeypatch, capsys):
     run("run", steps=1)
     assert "done: run/model.safetensors, validation Dice -" in capsys.readouterr().out
     assert SDSeg.load("run/model.safetensors")
+
+
+def test_a_resumed_batch_is_shared_equally(monkeypatch):
+    """Three processes cannot share the run's batches of 4; it is said before anything is read."""
+    monkeypatch.setattr(train, "init_distributed", lambda: (0, 3, CPU))
+    with pytest.raises(UserError, match="cannot be shared equally by 3 processes"):
+        train.main(train.parse_args(["--resume", "finished"]))
 
 
 def test_how_volumes_are_sliced_is_kept_with_the_model():
