@@ -1,8 +1,8 @@
 """The data sets: where their files are, how they are split, items, augmentation, batches.
 
 Every data set yields the same: image float32 (3, S, S) in [-1, 1], mask int64 (S, S) of class ids,
-name. Volumes are split by volume and cut into slices of one plane. `support/` reads damaged files
-and interprets the masks of a user's own folder. Nothing here knows the model.
+name. Volumes are split by volume and cut into slices of one plane. `support/` reads the files,
+refuses damaged ones, and interprets the masks of a user's own folder. Nothing here knows the model.
 
 Letters: H W the size of a file, Z slices, S the side that the model sees, B batch, u an item's 16
 random numbers in [0, 1).

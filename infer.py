@@ -93,8 +93,8 @@ def segment_images(model, images, steps=1, samples=1, seed=0, spacing="trailing"
 
 
 def predict_masks(model, images, args):
-    """For each image uint8 (H, W, 3) yield class ids uint8 (H, W) and, of several samples, their
-    standard deviation float32 (H, W), otherwise None.
+    """For each image uint8 (H, W, 3) yield class ids uint8 (H, W) and the standard deviation of the
+    samples, float32 (H, W), or None if there is one sample.
     """
     progress = Progress(len(images), "slices")
     for i in range(0, len(images), args.batch_size):
@@ -201,7 +201,7 @@ def main(args):
     # 3. Sum up over the processes; each waits for the last, because torchrun stops all of them
     #    when one exits with an error
     counts = torch.tensor([done, len(jobs)])
-    if dist.is_torchelastic_launched():
+    if "TORCHELASTIC_RUN_ID" in os.environ:  # torchrun has started this process
         dist.init_process_group("gloo", timeout=datetime.timedelta(weeks=4))
         dist.all_reduce(counts)
     done, total = counts.tolist()

@@ -367,7 +367,8 @@ def make_model(args, spec, init):
                    context=args.context if spec.volumes else "repeat")  # fmt: skip
     changes = {name: value for name, value in changes.items() if value}
     changes |= dict(classes=spec.classes, window=spec.window, plane=spec.plane)
-    model = from_pretrained(init, **changes)
+    # A copy, because weights are mapped from their file, and Windows replaces no mapped file
+    model = copy.deepcopy(from_pretrained(init, **changes))
     config, val = model.config, image_hashes(spec.splits["val"])
     seen = len(set(config.trained_on) & set(val))
     if seen and not args.resume:
@@ -438,6 +439,16 @@ def log_losses(log, meter, done, lr, seconds_a_step, args):
 
 def parse_args(argv=None):
     parser = ArgumentParser("Train SDSeg on a data set; see also the README.")
+    add_arguments(parser)
+    args = parser.parse_args(argv)
+    if args.resume:
+        return resumed_args(parser, args, parser.given(argv))
+    if not args.data:
+        parser.error("give --data or --resume")
+    return args
+
+
+def add_arguments(parser):
     default = {name: f"(default: {value}; nano: {RECIPES['nano'][name]})"
                for name, value in RECIPES["paper"].items()}  # fmt: skip
     amount, fraction = bounded(float, 0), bounded(float, 0, 1)
@@ -487,13 +498,6 @@ def parse_args(argv=None):
     add("--accumulate", type=positive_int, metavar="N", help="a step's batch in N parts, which "
         "saves memory (default: 1; on a CPU parts of at most 4 images of 256 px)")  # fmt: skip
     add("--compile", action="store_true", help="torch.compile: minutes at first, for long GPU runs")
-
-    args = parser.parse_args(argv)
-    if args.resume:
-        return resumed_args(parser, args, parser.given(argv))
-    if not args.data:
-        parser.error("give --data or --resume")
-    return args
 
 
 def resumed_args(parser, args, given):

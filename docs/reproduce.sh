@@ -3,10 +3,10 @@
 #
 # It converts the checkpoint, trains by the paper's recipe, evaluates, and writes runs/reproduce-NAME/report.md: the
 # paper's numbers beside ours. Call it again after an interruption: training goes on, and what is finished is skipped.
-# docs/data.md says where the data set and the checkpoint come from; CHECKPOINT=FILE, if it is not in this folder.
+# docs/data.md says where the data set and the checkpoint come from. CHECKPOINT=FILE, if it is not in the repository's folder.
 #
-# By estimate (docs/speed.md: 13.6 GiB) it fits a free GPU with 16 GB (T4, V100); it has not run on one yet. The paper used
-# such a V100 for about 12 hours.
+# By estimate (docs/speed.md: 13.6 GiB) it fits a GPU with 16 GB, such as the free T4 of a notebook service; it has not run
+# on one yet. The paper used a V100 for about 12 hours.
 # A rehearsal on drawn data, minutes on a CPU; the model learns nothing in it:
 #   INIT=weights/nano.safetensors SIZE=64 STEPS=4 WARMUP=1 EVERY=2 LIMIT=2 bash docs/reproduce.sh demo
 set -euo pipefail

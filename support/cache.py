@@ -37,7 +37,7 @@ def load_or_decode(spec, part, size, load_case):
     on the files. load_case(case, spec, remarks) reads one case.
     """
     key = fingerprint(spec, part, size)
-    folder = os.environ.get("SDSEG_CACHE") or os.path.expanduser("~/.cache/sdseg")
+    folder = os.path.expanduser(os.environ.get("SDSEG_CACHE") or "~/.cache/sdseg")
     if folder.startswith("~"):  # this user has no home folder
         return key, *decode(spec, part, size, load_case)
     files = [Path(folder, f"{key}-{kind}") for kind in ("images.npy", "masks.npy", "names.json")]
@@ -88,8 +88,8 @@ class LatentCache:
         self.encode, self.known = encode, {}
 
     def __call__(self, mask, keys):
-        """mask (B, H, W), an int for each -> z_0 (B, 4, h, w). keys None: no mask comes
-        again, and the batch is encoded as it is, under the caller's autocast.
+        """mask (B, H, W); keys, an int for each mask -> z_0 (B, 4, h, w). With keys None no mask
+        comes again, and the batch is encoded as it is, under the caller's autocast.
         """
         if keys is None:
             return self.encode(mask)

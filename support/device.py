@@ -54,9 +54,10 @@ def place_for_inference(model, device, precision, keep_float32):
     tensors, so there only compiled networks have this format: see `compile_networks`.
     """
     device = torch.device(device)
+    dtype = choose_dtype(device, precision)
     kept = {p for part in keep_float32 for p in part.parameters()}
     for p in {*model.parameters()} - kept:
-        p.data = p.data.to(choose_dtype(device, precision))
+        p.data = p.data.to(dtype)
     on_cpu = device.type == "cpu"
     layout = torch.channels_last if on_cpu else torch.contiguous_format
     return model.to(device=device, memory_format=layout)
@@ -65,7 +66,7 @@ def place_for_inference(model, device, precision, keep_float32):
 def compile_networks(model, **options):
     """Hand tau, the U-Net and the decoder to torch.compile, with its options, in place.
 
-    Their weights become channels_last, so copy the model for an average after this.
+    Their weights become channels_last, so make the copy for the moving average afterwards.
     The first calls with a new batch size take minutes and need a C++ compiler.
     mode="reduce-overhead" makes a CUDA graph of each network, which shortens the latency.
     """

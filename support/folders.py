@@ -1,4 +1,4 @@
-"""Folders of images and masks: which files belong together, who is in which part, what masks mean.
+"""Folders of images and masks: which files belong together, what masks mean, the parts.
 
 The rule for masks: where the values do not say plainly what they mean, the file is refused, with
 its values and the way out. A user's own folder is split by the images' bytes alone, unless it has
@@ -29,8 +29,9 @@ FOLDER_PARTS = {"train": "train", "training": "train", "val": "val", "valid": "v
 MAX_CLASSES = 14  # background included; `sdseg.class_colours` keeps as many colours apart
 TWO_CLASSES = ("background", "foreground")
 ENDINGS = (*images.IMAGE_ENDINGS, *volumes.VOLUME_ENDINGS)
-# What Synology, Windows and macOS put beside files: thumbnails, deleted files
-SYSTEM_NAMES = ("@eaDir", "#recycle", "$RECYCLE.BIN", "__MACOSX", "Thumbs.db")
+# What file systems, Synology, Windows and macOS put beside files: thumbnails, deleted files
+SYSTEM_NAMES = ("@eaDir", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found",
+                "__MACOSX", "Thumbs.db")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,14 +73,14 @@ def file_stem(path):
 
 def natural_sort_key(name):
     """img2 comes before img10."""
-    return [(0, int(p)) if i % 2 else (1, p) for i, p in enumerate(re.split(r"(\d+)", name))]
+    return [int(p) if i % 2 else p for i, p in enumerate(re.split(r"(\d+)", name))]
 
 
 def walk(folder):
     """-> the readable files below a folder, sorted, and the others. Hidden files are left out.
 
-    Links to folders are followed, but not into a folder that they lie in: a circle ends. Raises
-    UserError for a folder that may not be opened.
+    Links to folders are followed, except a link to a folder that it lies in, because the walk would
+    never end. Raises UserError for a folder that may not be opened.
     """
 
     def refuse(error):
@@ -91,7 +92,7 @@ def walk(folder):
     readable, others = [], []
     for where, folders, names in os.walk(folder, followlinks=True, onerror=refuse):
         folders[:] = visible(folders)
-        above = [os.path.realpath(parent) for parent in Path(where).absolute().parents]
+        above = [os.path.realpath(p) for p in Path(os.path.abspath(where)).parents]
         if os.path.realpath(where) in above:
             folders.clear()
             continue
@@ -260,6 +261,9 @@ def mask_to_class_ids(mask, spec, path):
     if spec.label_format == "nonzero":
         return (mask.values > 0).astype(np.uint8)
     if spec.label_format == "cup":
+        if mask.values[[0, 0, -1, -1], [0, -1, 0, -1]].max() < 192:  # no corner is background
+            raise UserError(f"{path}: mask values {images.format_values(mask.values)}; REFUGE has "
+                            "0 for the cup, 128 for the rest of the disc, 255 outside")  # fmt: skip
         return (mask.values < 64).astype(np.uint8)
     if spec.label_format == "binary":
         if not mask.lossy and mask.values.max() == 1:
@@ -279,7 +283,7 @@ def check_black_and_white(mask, path):
     others, top = [v for v in seen if v not in (0, 255)], seen[-1]
     # Smooth edges have many greys; a single one, or any in a volume, is a class
     third = others and (len(others) == 1 or mask.values.ndim == 3 or max(others) < MAX_CLASSES)
-    if 1 < len(others) <= 4:  # of thin lines, more pixels are of a class than of white
+    if 1 < len(others) <= 4:  # if a third class is thin lines, more pixels are grey than white
         counts = np.bincount(mask.values.ravel(), minlength=256)
         third = third or counts[1:255].sum() > counts[255]
     black = top == 0 or mask.lossy and len(seen) == 1 and top <= 3  # JPEG may round 0 to 1
@@ -438,7 +442,8 @@ def split_by_folder(cases, where):
 
     Raises UserError if only some images do, or if one of the parts is missing.
     """
-    parts = [FOLDER_PARTS.get(case.name.partition("/")[0].lower()) for case in cases]
+    tops = [case.name.rpartition("/")[0].partition("/")[0] for case in cases]  # "": in no folder
+    parts = [FOLDER_PARTS.get(top.lower()) for top in tops]
     if not any(parts):
         return None
     if None in parts:

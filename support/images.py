@@ -89,7 +89,7 @@ def open_image(path):
 
 
 def exif_orientation(path):
-    """-> 1 to 8, and the size as stored. Other numbers are in use and mean nothing, as 1 does."""
+    """-> 1 to 8, and the size as stored. Other numbers count as 1: not turned."""
     with Image.open(path, formats=FORMATS) as image:
         orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
         tags = getattr(image, "tag_v2", None)  # the `size` of a TIFF is turned already
@@ -111,7 +111,7 @@ def compare_exif(image, mask):
 
 
 def finite(values, path):
-    """NaN and infinities become the nearest finite extreme, NaN the lowest. Raises UserError."""
+    """Infinities become the nearest finite extreme, NaN the lowest value. Raises UserError."""
     good = np.isfinite(values)
     if good.all():
         return values
@@ -185,6 +185,8 @@ def format_values(values):
 
 def whole_numbers(values, path):
     """Label values -> uint8. NaN is background, 0.9999 is 1. Raises UserError for other values."""
+    if not np.isfinite(values).any():
+        raise UserError(f"{path}: no value is finite")
     values = np.where(np.isnan(values), 0, values)
     whole = np.rint(values).clip(0, 255)
     if np.abs(values - whole).max() > 1e-3:
@@ -208,7 +210,6 @@ def read_mask(path):
                         f"{SAVE_GREY}")  # fmt: skip
     if image.mode.startswith(("I", "F")):
         values = np.asarray(image)
-        finite(values, path)  # one of the values must be
         white = values.max() == 65535 and set(np.unique(values)) <= {0, 65535}
         return Mask(whole_numbers(values // 257 if white else values, path), {}, lossy)
     if image.mode == "P" and "transparency" in image.info:

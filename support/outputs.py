@@ -15,27 +15,27 @@ from support.images import write_image
 from support.panels import montage, overlay
 from support.volumes import volume_of, write_volume
 
-ENDINGS = ("_mask.png", "_overlay.png", "_std.png", "_mask.nii.gz", "_std.nii.gz")
+RESULT_ENDINGS = ("_mask.png", "_overlay.png", "_std.png", "_mask.nii.gz", "_std.nii.gz")
 
 
 def plan_outputs(paths, out):
-    """Files and folders -> [(source, target)]; a target is a path without its ending, see ENDINGS.
+    """Files and folders -> [(source, target)]; a target lacks one of RESULT_ENDINGS.
 
     Sub-folders are kept; a source that is given twice appears once. Raises UserError where a result
     would overwrite another result, or a file in a folder of inputs.
     """
     sources = {}
-    for source, folder in find_inputs(paths, skip=ENDINGS):
+    for source, folder in find_inputs(paths, skip=RESULT_ENDINGS):
         target = Path(out, folder, file_stem(source))
         first = sources.setdefault(target, source)
         if os.path.realpath(first) != os.path.realpath(source):
             raise UserError(
-                f"{source}: its mask would overwrite the mask of {first}; "
+                f"{source}: its results would overwrite those of {first}; "
                 "segment one of them with another --out"
             )
     input_folders = {os.path.realpath(source.parent) for source in sources.values()}
     for target in sources:
-        for path in (f"{target}{ending}" for ending in ENDINGS):
+        for path in (f"{target}{ending}" for ending in RESULT_ENDINGS):
             if os.path.lexists(path) and os.path.realpath(target.parent) in input_folders:
                 raise UserError(
                     f"{path}: lies among the inputs and would be overwritten; use another --out"

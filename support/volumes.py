@@ -69,7 +69,7 @@ def read_header(file):
 def open_volume(path):
     """-> nibabel's image, all of its bytes in memory. Raises UserError.
 
-    No more is decompressed than the header announces.
+    At most 1 MiB more is decompressed than the header announces.
     """
     with open_file(path) as file:
         kind, header, start = read_header(file)
@@ -112,8 +112,7 @@ def read_volume(path, labels=False):
     shape, orientation = image.shape, orientation_of(image.affine)
     geometry = Geometry(image.header, image.affine, shape, orientation)
     del image  # and with it the file's bytes
-    checked = images.finite(values, path)  # of labels too: one of the values must be finite
-    values = images.whole_numbers(values, path) if labels else checked
+    values = images.whole_numbers(values, path) if labels else images.finite(values, path)
     return nib.apply_orientation(values.reshape((*shape, 1)[:3]), orientation), geometry
 
 
@@ -140,9 +139,9 @@ def grid_in_space(path):
 
 
 def choose_plane(paths):
-    """How the volumes of a data set are sliced: axially, unless the spacing of another axis of
-    space (the median over the volumes) is more than 1.5 times that of each other axis, or it has a
-    single voxel.
+    """The plane in which all volumes of a data set are sliced. Axial, unless another axis of space
+    has more than 1.5 times the spacing of each other one (the median over the volumes). An axis of
+    a single voxel counts as infinitely wide.
     """
     spacings = []
     for path in paths:

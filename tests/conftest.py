@@ -1,4 +1,8 @@
-"""What the tests share: a tiny model, drawn folders, golden weights, and where real data may be."""
+"""What the tests share: a tiny model, drawn folders, golden weights, and where real data may be.
+
+Read test_sdseg, test_networks, test_data, test_files, test_train, test_infer, test_metrics and
+test_evaluate in this order. The others are about the tools and the documents.
+"""
 
 import functools
 import json

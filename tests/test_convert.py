@@ -248,7 +248,6 @@ MODELS = {  # what is wrong: the checkpoint, what the refusal says
     "missing": (lambda: altered(BIAS), "missing unet.out.2.bias"),
     "huge": (lambda: altered(CONV_IN, HUGE), "is [1099511627776, 8, 3, 3], not [32"),
     "no dimension": (lambda: altered(VAE + "quant_conv.bias", torch.ones(())), "is [], not [8]"),
-    "extra": (lambda: altered(VAE + "x", torch.ones(1)), "unexpected vae.x"),
     "float8": (lambda: altered(BIAS, torch.ones(4).to(torch.float8_e4m3fn)), "float8_e4m3fn"),
     "no autoencoder": (lambda: only(UNET, compvis("sd")), "without autoencoder"),
     "no U-Net": (lambda: only(VAE, compvis("sd")), "no U-Net of Stable Diffusion v1 or LDM"),
@@ -303,7 +302,6 @@ LIE = Call(REBUILD, torch.zeros(4)._typed_storage(), 0, (2**40,), (1,), False, {
 WHOLE = ckpt({"a": torch.zeros(4)})
 FILES = {
     "empty": (b"", "it begins with b''"),
-    "web page": (b"<!DOCTYPE html><html><body>Sign in</body></html>", "b'<!DOCTYPE html>"),
     "old format": (b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M", "PyTorch 1.6"),
     "zip bomb": (zip_bomb(), "unpack it"),
     "cut by a byte": (WHOLE[:-1], "damaged"),
@@ -324,9 +322,9 @@ def test_foreign_and_damaged_sources_are_refused(presets, capsys, case):
 
 @pytest.mark.skipif(platform.system() != "Linux", reason="only Linux forgets an earlier peak")
 def test_reading_takes_no_memory(tmp_path):
-    """Two files of 100 MB are mapped, and no lie about a size in the files above takes memory."""
+    """Two files of 40 MB are mapped, and no lie about a size in the files above takes memory."""
     for write, name in ((torch.save, "a"), (save_file, "b")):
-        write({f"{name}{i}": torch.zeros(5_000_000) for i in range(5)}, tmp_path / name)
+        write({f"{name}{i}": torch.zeros(2_000_000) for i in range(5)}, tmp_path / name)
     for case, (content, _) in FILES.items():
         (tmp_path / case).write_bytes(content)
     tensors = {}

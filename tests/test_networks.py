@@ -72,7 +72,7 @@ def test_the_unet_equals_the_reference(family, place):
 
 @torch.no_grad()
 def test_a_widened_unet_ignores_the_image_at_first():
-    """With the new input channels at zero, the output is the 4-channel network's, exactly."""
+    """With the new input channels at zero, the output is the 4-channel network's, to rounding."""
     narrow = UNet(UNetConfig("sd", 4, 4, 32, (1, 2), 1, (1, 2), 8, None))
     wide = UNet(UNetConfig("sd", 8, 4, 32, (1, 2), 1, (1, 2), 8, None))
     weights = narrow.state_dict()

@@ -116,9 +116,10 @@ def test_the_slices_of_a_volume_are_counted_together():
 # ---- plain_unet ----
 
 
-def test_a_plain_unet_trains_and_is_scored_as_ours(tmp_path, capsys):
+def test_a_plain_unet_trains_and_is_scored_as_ours(tmp_path, monkeypatch, capsys):
     """The same cases in the same cases.csv, so that `--against` compares both by image."""
-    pytest.importorskip("monai", reason="MONAI is optional and not installed")
+    conv = SimpleNamespace(BasicUNet=lambda _, c, k, __: torch.nn.Conv2d(c, k, 3, padding=1))
+    monkeypatch.setitem(sys.modules, "monai.networks.nets", conv)  # MONAI is optional
     folder, out = str(disc_folder(tmp_path / "own")), tmp_path / "run"
     flags = ["--data", folder, "--size", "32", "--steps", "2", "--batch-size", "2"]
     plain_unet.main(plain_unet.parse_args([*flags, "--score", folder, "--out", str(out)]))
@@ -227,26 +228,18 @@ def test_training_as_on_a_small_gpu_tells_the_average_apart(report):
 # ---- figures ----
 
 
-@pytest.fixture
-def draw(tmp_path):
-    """A function of flags: draw the figure of a tiny model -> uint8 (H, W, 3)."""
-
-    def run(*flags):
-        file, out = save_tiny(tmp_path / "tiny.safetensors"), tmp_path / "docs/out.png"
-        fixed = ["--model", file, "--device", "cpu", "--out", str(out)]
-        figures.main(figures.parse_args([*fixed, *map(str, flags)]))
-        return np.asarray(Image.open(out))
-
-    return run
-
-
-def test_the_figure_shows_the_image(draw, tmp_path):
+def test_the_figure_shows_the_image(tmp_path):
     """One's own, or by default a drawn one; it is never written over the image."""
-    Image.new("RGB", (48, 40), (1, 99, 7)).save(tmp_path / "image.png")
-    figure = draw(tmp_path / "image.png")
-    assert (figure == (1, 99, 7)).all(-1).sum() > 1000 and draw().shape == figure.shape
+    own, out = str(tmp_path / "image.png"), str(tmp_path / "docs/out.png")
+    Image.new("RGB", (48, 40), (1, 99, 7)).save(own)
+    fixed = ["--model", save_tiny(tmp_path / "tiny.safetensors"), "--device", "cpu", "--out"]
+    figures.main(figures.parse_args([own, *fixed, out]))
+    figure = np.asarray(Image.open(out))
+    assert (figure == (1, 99, 7)).all(-1).sum() > 1000
+    figures.main(figures.parse_args([*fixed, out]))
+    assert Image.open(out).size == figure.shape[1::-1]
     with pytest.raises(UserError, match="is the image"):
-        draw("image.png", "--out", "image.png")
+        figures.main(figures.parse_args([own, *fixed, own]))
 
 
 # ---- report ----

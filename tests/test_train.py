@@ -123,8 +123,8 @@ def test_the_mask_loss_sees_only_samples_at_the_end():
     assert loss(right, t=torch.tensor([T - 1, 5])) < loss(right, t=end)
 
 
-def test_an_empty_truth_teaches_silence():
-    """Without foreground the loss is 0 for an empty prediction, and grows with each mark."""
+def test_each_false_mark_costs_where_the_truth_is_empty():
+    """The loss is 0 for an empty prediction, and grows with each mark."""
     empty, losses = torch.zeros(1, 32, 32, dtype=torch.long), []
     for marked in (0, 1, 10, 100, 1000):
         foreground = torch.full((1024,), -20.0)
@@ -237,7 +237,16 @@ def test_resume_is_exact(stop, at, status, saved, monkeypatch):
 
 
 def test_a_run_in_little_memory_gives_the_same_weights(monkeypatch):
-    """The average in host memory, and tau image by image: the same weights, and exact resume."""
+    """The average in host memory, and tau image by image: the same weights, and exact resume. One
+    move of the average stands for several steps, and no step is averaged twice.
+    """
+    moves, move = [], train.update_ema
+
+    def record(averages, trained, step, decay, since):
+        moves.append((since, step))
+        move(averages, trained, step, decay, since)
+
+    monkeypatch.setattr(train, "update_ema", record)
     monkeypatch.setattr(train, "is_too_small", lambda device, trained: True)
     assert train.average_every(0.9999) == 100 and train.average_every(0.5) == 1
     run("whole")
@@ -246,21 +255,8 @@ def test_a_run_in_little_memory_gives_the_same_weights(monkeypatch):
     assert stopped(monkeypatch, SIGTERM, at=4)[1] == 5  # nano's average moves at 3, 5 and 6
     resume("parts")
     assert_same_end("whole", "parts")
-
-
-def test_no_step_is_averaged_twice(monkeypatch):
-    """In little memory one move of the average stands for several steps, also in a longer run."""
-    moves, move = [], train.update_ema
-
-    def record(averages, trained, step, decay, since):
-        moves.append((since, step))
-        move(averages, trained, step, decay, since)
-
-    monkeypatch.setattr(train, "is_too_small", lambda device, trained: True)
-    monkeypatch.setattr(train, "update_ema", record)
-    run("longer", steps=4)
-    resume("longer", "--steps", "7")
-    assert moves == [(0, 2), (3, 3), (4, 4), (5, 5), (6, 6)]  # nano: every 5 steps
+    resume("parts", "--steps", "8")
+    assert moves == 2 * [(0, 2), (3, 4), (5, 5)] + [(6, 7)]
 
 
 def test_float16_scales_its_loss(monkeypatch):
@@ -443,8 +439,8 @@ def test_validation_without_foreground_is_not_a_score(monkeypatch, capsys):
     assert SDSeg.load("run/model.safetensors")
 
 
-def test_a_resumed_batch_is_shared_equally(monkeypatch):
-    """Three processes cannot share the run's batches of 4; it is said before anything is read."""
+def test_a_resumed_batch_that_processes_cannot_share_is_refused(monkeypatch):
+    """Three processes, batches of 4: it is said before anything is read."""
     monkeypatch.setattr(train, "init_distributed", lambda: (0, 3, CPU))
     with pytest.raises(UserError, match="cannot be shared equally by 3 processes"):
         train.main(train.parse_args(["--resume", "finished"]))

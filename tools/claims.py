@@ -308,7 +308,8 @@ def train_row(args, name, seed, deadline):
     batches = TrainingBatches(train_set, args.batch_size, seed)
     torch.manual_seed(seed)
     model = build(row, vae_file(args, row), classes).to(device)
-    if row.network in ("SDSeg", "no z_t"):
+    has_latents = row.network in ("SDSeg", "no z_t")
+    if has_latents:
         model.config = replace(model.config, mask_scale=1 / latent_std(model, train_set))
     ema, averages = make_ema(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -322,16 +323,7 @@ def train_row(args, name, seed, deadline):
 
     began = saved = time.monotonic()
     for step in range(begin, args.steps):
-        optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP)
-        image, mask = (x.to(device) for x in batches[step][:2])
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
-        t, noise = sample_t_and_noise(len(image), model.latent_shape, generator,
-                                      row.terminal_fraction, step * len(image))  # fmt: skip
-        noise = noise.to(device) * (row.start == "noise")
-        loss_of(row, model, image, mask, t, noise).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        train_step(row, model, trained, optimizer, batches[step], seed, step)
         update_ema(averages, trained, step, EMA)
         done, late = step + 1, time.time() > deadline
         if done * VALIDATIONS // args.steps > step * VALIDATIONS // args.steps:
@@ -345,7 +337,7 @@ def train_row(args, name, seed, deadline):
         if late:
             return None
     seconds += time.monotonic() - began
-    errors = z_0_errors(ema, val) if row.network in ("SDSeg", "no z_t") else None
+    errors = z_0_errors(ema, val) if has_latents else None
     return {
         "settings": settings,
         "device": device_name(device),
@@ -359,6 +351,20 @@ def train_row(args, name, seed, deadline):
         "scores": {k: score(ema, val, *how) for k, how in measurements(row).items()},
         "z_0_errors": errors,
     }
+
+
+def train_step(row, model, trained, optimizer, batch, seed, step):
+    """One step of the optimiser; t and the noise are a function of (seed, step)."""
+    image, mask = (x.to(trained[0].device) for x in batch[:2])
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + step)
+    t, noise = sample_t_and_noise(len(image), model.latent_shape, generator,
+                                  row.terminal_fraction, step * len(image))  # fmt: skip
+    noise = noise.to(image.device) * (row.start == "noise")
+    loss_of(row, model, image, mask, t, noise).backward()
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+    optimizer.param_groups[0]["lr"] = LR * min(1.0, (step + 1) / WARMUP)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def work(args, name, seed, deadline):
@@ -386,9 +392,9 @@ def set_up_process(threads):
 
 
 def train_autoencoder(args, row):
-    """The small autoencoder of a row, unless its file is there."""
+    """The small autoencoder of a row, unless it needs none or its file is there."""
     path = vae_file(args, row)
-    if not Path(path).exists():
+    if row.network != "plain U-Net" and not Path(path).exists():
         flags = {"data": args.data, "root": args.root, "size": size_of(row),
                  "factor": row.factor, "steps": args.vae_steps, "out": path}  # fmt: skip
         train_vae.main(train_vae.parse_args([f"--{k}={v}" for k, v in flags.items()]))

@@ -21,7 +21,7 @@ import train
 from data import SegmentationData, TrainingBatches, find
 from sdseg import SDSeg, SDSegConfig
 from support.cli import ArgumentParser, UserError, bounded, positive_int, run_command, seed_int
-from support.device import find_device, has_fast_bf16, loader_workers
+from support.device import choose_dtype, find_device, loader_workers
 from support.weights import load_strict, read_weights, write_weights
 from tools import evaluate
 
@@ -82,7 +82,7 @@ def main(args):
     # 1. Data and model
     torch.manual_seed(args.seed)
     device = find_device()
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and has_fast_bf16(device))
+    bf16 = choose_dtype(device, args.precision) == torch.bfloat16
     autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=bf16)
     spec = find(args.data, args.root, args.split)
     train_set = SegmentationData(spec, "train", args.size, RECIPE["augment"], args.seed)

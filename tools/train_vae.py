@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from data import SegmentationData, find
 from sdseg import PRESETS, SDSeg, class_colours, colour_logits, from_pretrained, validate_config
 from support.cli import ArgumentParser, UserError, bounded, positive_int, run_command, seed_int
-from support.device import find_device, has_fast_bf16, loader_workers
+from support.device import choose_dtype, find_device, loader_workers
 from support.folders import MAX_CLASSES
 from support.metrics import dice, latent_std, vae_dice
 from support.weights import write_weights
@@ -151,7 +151,7 @@ def main(args):
         raise UserError(f"--batch-size {args.batch_size}: give a multiple of 4")
     torch.manual_seed(args.seed)
     device = find_device()
-    bf16 = args.precision == "bf16" or (args.precision == "auto" and has_fast_bf16(device))
+    bf16 = choose_dtype(device, args.precision) == torch.bfloat16
 
     # 1. Model and optimiser; of the model only the autoencoder trains
     spec = find(args.data, args.root, args.split)
