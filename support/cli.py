@@ -16,6 +16,7 @@ ADVICE = (  # what the text of an exception holds, and then what the user can do
     ("allocate memory", "out of memory; make the batch, the size or the model smaller"),
     ("C++ compiler", "--compile needs a C++ compiler and finds none; run without it"),
     ("C compiler", "--compile needs a C compiler and finds none; run without it"),
+    ("by peer", "another process of this run has ended; its own last lines say why"),
 )
 
 

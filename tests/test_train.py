@@ -521,7 +521,10 @@ def test_a_full_disk_is_one_line_and_leaves_no_piece():
 
 
 def test_what_a_user_can_mend_has_advice():
-    """Too little memory or no compiler is one line; any other error is a bug with a traceback."""
+    """Too little memory, no compiler, or the end of another process is one line; any other error is
+    a bug with a traceback.
+    """
     assert "make the batch" in advice(torch.OutOfMemoryError("CUDA out of memory"))
     assert "needs a C++ compiler" in advice(RuntimeError("No working C++ compiler found"))
+    assert "has ended" in advice(RuntimeError("gloo: Connection closed by peer [127.0.0.1]:4509"))
     assert advice(RuntimeError("shapes differ")) is None
