@@ -87,7 +87,9 @@ def markdown(rows):
 
 
 def score_table(experiment, results):
-    """{row: (compared with, changes)}, {row: {seed: result}} -> one line per row with results."""
+    """{row: (compared with, changes)}, {row: {seed: result}} -> a line for each row with results;
+    columns that hold nothing are left out.
+    """
     extra = {
         k: title
         for k, title in EXTRA.items()
@@ -116,7 +118,8 @@ def score_table(experiment, results):
             f"{parameters / 1e6:.1f}",
             f"{seconds:.0f}",
         ])  # fmt: skip
-    return markdown(lines)
+    columns = [column for column in zip(*lines) if set(column[1:]) != {"-"}]
+    return markdown(list(zip(*columns)))
 
 
 def what_differs(than, changes):
