@@ -308,8 +308,8 @@ def train_row(args, name, seed, deadline):
     batches = TrainingBatches(train_set, args.batch_size, seed)
     torch.manual_seed(seed)
     model = build(row, vae_file(args, row), classes).to(device)
-    has_latents = row.network in ("SDSeg", "no z_t")
-    if has_latents:
+    encodes_masks = row.network in ("SDSeg", "no z_t")
+    if encodes_masks:
         model.config = replace(model.config, mask_scale=1 / latent_std(model, train_set))
     ema, averages = make_ema(model)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -337,7 +337,7 @@ def train_row(args, name, seed, deadline):
         if late:
             return None
     seconds += time.monotonic() - began
-    errors = z_0_errors(ema, val) if has_latents else None
+    errors = z_0_errors(ema, val) if encodes_masks else None
     return {
         "settings": settings,
         "device": device_name(device),
